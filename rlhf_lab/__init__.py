@@ -1,0 +1,1 @@
+"""rlhf_lab: one entry point, one engine, every RLHF method."""

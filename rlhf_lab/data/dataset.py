@@ -1,0 +1,245 @@
+"""A data set as every stage reads it: prompts, demonstrations or pairs of a named split, whatever they come from."""
+
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from rlhf_lab.data import tiny_help
+from rlhf_lab.data.tables import BadRows, RowFilter, Rows, check_table, hold_out, need, prompt_of, read_splits
+from rlhf_lab.data.templates import Style, Template
+from rlhf_lab.records import Demonstration, PreferencePair, Prompt, SafetyPair
+from rlhf_lab.seeds import derive
+from rlhf_lab.types import Count, Fraction
+
+WORLD = "embedded:tiny_help"
+GOLD: Mapping[str, Callable[[str, str], float]] = {
+    "helpfulness": tiny_help.helpfulness,
+    "cost": tiny_help.cost,
+    "humour": tiny_help.humour,
+}
+
+
+class Dataset:
+    """Records by split.
+
+    Args:
+        path: a jsonl, json, csv, parquet or arrow file; a folder of such files named by split; a hub id; or the
+            embedded world, `embedded:tiny_help`, which draws fresh records from a seed.
+        revision: of a hub data set.
+        columns: name here -> name in the data, where they differ. Names here: prompt, response (demonstrations);
+            chosen, rejected, margin, or response_0, response_1, better (preferences); response_0, response_1, safer,
+            safe_0, safe_1 (safety). `better` and `safer` are 0 or 1.
+        template: how conversations are written for the model; "auto" takes the tokenizer's own if it has one.
+        max_prompt_tokens, max_response_tokens: longer rows are bad rows.
+        bad_rows: "error" refuses a data set with empty, duplicate or overlong rows; "drop" drops and counts them.
+        train_size: records of a training split; null for all. The embedded world needs a number.
+        train_split: the name of the training split.
+        eval_splits: held-out splits, evaluated apart and never blended.
+        eval_size: records of each.
+        hold_out: share of the prompts of a data set with a single split that becomes its split "test".
+        seed: of what is drawn: the embedded world's records, or the subset of a larger table.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        revision: str | None,
+        columns: Mapping[str, str],
+        template: Style,
+        max_prompt_tokens: Count,
+        max_response_tokens: Count,
+        bad_rows: BadRows,
+        train_size: Count | None,
+        train_split: str,
+        eval_splits: Sequence[str],
+        eval_size: Count,
+        hold_out: Fraction,
+        seed: int,
+    ) -> None:
+        self.path, self.revision, self.columns, self.template_style = path, revision, dict(columns), template
+        self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
+        self.bad_rows, self.train_size, self.train_split = bad_rows, train_size, train_split
+        self.eval_splits, self.eval_size, self.hold_out_share = tuple(eval_splits), eval_size, hold_out
+        self.seed = seed
+        self.notes: list[str] = []
+        self._splits: dict[str, Rows] | None = None
+        if self.is_world and train_size is None:
+            raise ValueError("dataset.train_size is null, but the embedded world has no end; give a number")
+
+    @property
+    def is_world(self) -> bool:
+        return self.path == WORLD
+
+    @property
+    def gold(self) -> Mapping[str, Callable[[str, str], float]]:
+        """The true scores, if the data come from a world that has them."""
+        return GOLD if self.is_world else {}
+
+    def check(self, promised: Collection[str] = ()) -> None:
+        """Raises ValueError if the path is not there, nor promised to be; reads nothing."""
+        if self.is_world or self.path in promised:
+            return
+        if self.path.startswith("embedded:"):
+            raise ValueError(f"dataset.path={self.path}: the only embedded world is {WORLD}")
+        check_table(self.path)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Held-out splits that are there to be evaluated.
+
+        Raises:
+            ValueError: a named one is not there.
+        """
+        if self.is_world:
+            return self.eval_splits
+        there = self._tables()
+        if missing := [split for split in self.eval_splits if split not in there]:
+            raise ValueError(f"{self.path} has the splits {sorted(there)}, not {missing}; change dataset.eval_splits")
+        return self.eval_splits
+
+    def prompts(self, split: str, template: Template) -> list[Prompt]:
+        """The prompts of a split, each once."""
+        if self.is_world:
+            drawn = tiny_help.sample_prompts(split, self._size(split), self._seed(split))
+            return self._fitting([(p, ()) for p in drawn], split, template, unique=True)[0]
+        rows = self._rows(split, ["prompt"], "a run on prompts")
+        prompts = [(prompt_of(row[self._column("prompt")] or ""), ()) for row in rows]
+        return self._fitting(prompts, split, template, unique=True)[0]
+
+    def demonstrations(self, split: str, template: Template) -> list[Demonstration]:
+        """Responses to imitate."""
+        if self.is_world:
+            size, seed = self._size(split), self._seed(split)
+            drawn = tiny_help.demonstrations(split, size, seed)
+            pairs = [(record.prompt, (record.response,)) for record in drawn]
+        else:
+            rows = self._rows(split, ["prompt", "response"], "supervised fine-tuning")
+            pairs = [(prompt_of(row[self._column("prompt")] or ""), self._texts(row, "response")) for row in rows]
+        prompts, texts, _ = self._fitting(pairs, split, template, unique=False)
+        return [Demonstration(prompt=p, response=t[0]) for p, t in zip(prompts, texts, strict=True)]
+
+    def preferences(self, split: str, template: Template) -> list[PreferencePair]:
+        """Pairs, the preferred response first."""
+        rows = self._rows(split, ["prompt"], "a reward model")
+        sided = {self._column("chosen"), self._column("rejected")} <= rows[0].keys()
+        wanted = ["chosen", "rejected"] if sided else ["response_0", "response_1", "better"]
+        if not sided and not {self._column(name) for name in wanted} <= rows[0].keys():
+            raise ValueError(
+                f"{self._name(split)} has the columns {sorted(rows[0])}, but a reward model needs 'chosen' and "
+                "'rejected', or 'response_0', 'response_1' and 'better'; map them with dataset.columns.chosen=<column> …"
+            )
+        pairs = []
+        for row in rows:
+            texts = self._texts(row, *wanted[:2])
+            if not sided and int(row[self._column("better")]) == 1:
+                texts = texts[::-1]
+            pairs.append((prompt_of(row[self._column("prompt")] or ""), texts))
+        prompts, texts, kept = self._fitting(pairs, split, template, unique=False)
+        margins = [float(rows[i].get(self._column("margin")) or 0.0) for i in kept]
+        return [
+            PreferencePair(prompt=p, chosen=t[0], rejected=t[1], margin=m)
+            for p, t, m in zip(prompts, texts, margins, strict=True)
+        ]
+
+    def safety_pairs(self, split: str, template: Template) -> list[SafetyPair]:
+        """Pairs, the safer response first.
+
+        Raises:
+            ValueError: a label contradicts itself: the safer response is unsafe and the other is safe.
+        """
+        wanted = ["prompt", "response_0", "response_1", "safer", "safe_0", "safe_1"]
+        rows = self._rows(split, wanted, "a cost model")
+        pairs = [
+            (prompt_of(row[self._column("prompt")] or ""), self._texts(row, "response_0", "response_1")) for row in rows
+        ]
+        prompts, texts, kept = self._fitting(pairs, split, template, unique=False)
+        records: list[SafetyPair] = []
+        for prompt, both, i in zip(prompts, texts, kept, strict=True):
+            safer = int(rows[i][self._column("safer")])
+            safe = [bool(rows[i][self._column(f"safe_{side}")]) for side in (0, 1)]
+            records.append(
+                SafetyPair(
+                    prompt=prompt,
+                    safer=both[safer],
+                    unsafer=both[1 - safer],
+                    safer_is_unsafe=not safe[safer],
+                    unsafer_is_unsafe=not safe[1 - safer],
+                )
+            )
+        return records
+
+    def labelled(self, split: str, column: str, template: Template) -> list[tuple[Prompt, str, float]]:
+        """(prompt, response, value) of both responses of each pair, for a column `<column>_0`, `<column>_1`."""
+        wanted = ["prompt", "response_0", "response_1", f"{column}_0", f"{column}_1"]
+        rows = self._rows(split, wanted, f"calibration on {column}")
+        return [
+            (prompt_of(row[self._column("prompt")]), row[self._column(f"response_{side}")],
+             float(row[self._column(f"{column}_{side}")]))
+            for row in rows
+            for side in (0, 1)
+        ]  # fmt: skip
+
+    def _column(self, name: str) -> str:
+        return self.columns.get(name, name)
+
+    def _texts(self, row: Mapping[str, Any], *names: str) -> tuple[str, ...]:
+        return tuple(str(row[self._column(name)] or "") for name in names)
+
+    def _name(self, split: str) -> str:
+        return f"{self.path} ({split})"
+
+    def _size(self, split: str) -> int:
+        return self.train_size or 0 if split == self.train_split else self.eval_size
+
+    def _seed(self, split: str) -> int:
+        return derive(self.seed, "dataset", split)
+
+    def _tables(self) -> dict[str, Rows]:
+        if self._splits is None:
+            tables = read_splits(self.path, self.revision)
+            if len(tables) == 1 and self.hold_out_share and self.eval_splits:
+                [(only, rows)] = tables.items()
+                kept, held = hold_out(rows, self._column("prompt"), self.hold_out_share)
+                tables = {only: kept, self.eval_splits[0]: held} if held else {only: rows}
+            self._splits = tables
+        return self._splits
+
+    def _rows(self, split: str, wanted: Sequence[str], purpose: str) -> Rows:
+        if self.is_world:
+            raise ValueError(f"{purpose} needs labelled rows; {WORLD} draws prompts and demonstrations only")
+        tables = self._tables()
+        if split not in tables:
+            raise ValueError(f"{self.path} has the splits {sorted(tables)}, not {split!r}; change dataset.train_split")
+        need(tables[split], self.columns, wanted, self._name(split), purpose)
+        rows = tables[split]
+        size = self.train_size if split == self.train_split else self.eval_size
+        if size is not None and size < len(rows):
+            rows = [rows[i] for i in sorted(random.Random(self._seed(split)).sample(range(len(rows)), size))]
+        return rows
+
+    def _fitting(
+        self, pairs: Sequence[tuple[Prompt, tuple[str, ...]]], split: str, template: Template, *, unique: bool
+    ) -> tuple[list[Prompt], list[tuple[str, ...]], list[int]]:
+        """Rows that are whole, new and short enough: prompts, texts, and their row numbers."""
+        bad = RowFilter(self._name(split), self.bad_rows)
+        seen: set[tuple[str, ...]] = set()
+        kept: list[int] = []
+        for i, (prompt, texts) in enumerate(pairs):
+            identity = (prompt.id, *texts)
+            if not prompt.request.strip():
+                bad.reject(i, "an empty prompt")
+            elif not all(text.strip() for text in texts):
+                bad.reject(i, "an empty response")
+            elif identity in seen and (unique or not self.is_world):
+                bad.reject(i, "a duplicate of an earlier row")
+            elif len(template.prompt_tokens(prompt)) > self.max_prompt_tokens:
+                bad.reject(i, f"a prompt over dataset.max_prompt_tokens={self.max_prompt_tokens}")
+            elif any(len(template.response_tokens(text)) > self.max_response_tokens for text in texts):
+                bad.reject(i, f"a response over dataset.max_response_tokens={self.max_response_tokens}")
+            else:
+                kept.append(i)
+            seen.add(identity)
+        if note := bad.report(len(pairs)):
+            self.notes.append(note)
+        return [pairs[i][0] for i in kept], [pairs[i][1] for i in kept], kept

@@ -1,0 +1,80 @@
+"""Records -> tokens with masks and positions, made once and in one place."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlhf_lab.data.templates import Template
+from rlhf_lab.records import Demonstration, PreferencePair, Prompt, SafetyPair
+from rlhf_lab.types import PairBatch, PromptBatch, SafetyPairBatch, Sequences, TextBatch
+
+
+def pad(rows: Sequence[Sequence[int]], fill: int, side: str) -> tuple[Tensor, Tensor]:
+    """Rows of unequal length -> (B, L) tokens and (B, L) mask, padded on the "left" or the "right"."""
+    width = max(map(len, rows))
+    tokens = torch.full((len(rows), width), fill, dtype=torch.int64)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        tokens[i, place] = torch.tensor(row, dtype=torch.int64)
+        mask[i, place] = True
+    return tokens, mask
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """(B, L) int64: 0 at the first real token of each row, counting real tokens; padding holds 0."""
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def join(prompts: Tensor, prompt_mask: Tensor, responses: Tensor, response_mask: Tensor) -> Sequences:
+    """Left-padded prompts (B, P) and right-padded responses (B, T) -> sequences (B, P + T)."""
+    attention_mask = torch.cat([prompt_mask, response_mask], dim=1)
+    return Sequences(
+        tokens=torch.cat([prompts, responses], dim=1),
+        attention_mask=attention_mask,
+        position_ids=positions(attention_mask),
+        response_mask=response_mask,
+    )
+
+
+def sequences(
+    template: Template, prompts: Sequence[Prompt], responses: Sequence[str], finished: Sequence[bool] | None = None
+) -> Sequences:
+    """Prompts and their responses as text -> tokens; `finished` False leaves a response without EOS."""
+    ended = [True] * len(prompts) if finished is None else finished
+    written = [template.prompt_tokens(prompt) for prompt in prompts]
+    spoken = [template.response_tokens(text, finished=end) for text, end in zip(responses, ended, strict=True)]
+    return join(*pad(written, template.pad, "left"), *pad(spoken, template.pad, "right"))
+
+
+def prompt_batch(template: Template, prompts: Sequence[Prompt]) -> PromptBatch:
+    """Prompts, padded left."""
+    tokens, mask = pad([template.prompt_tokens(prompt) for prompt in prompts], template.pad, "left")
+    return PromptBatch(prompts=list(prompts), tokens=tokens, attention_mask=mask)
+
+
+def text_batch(template: Template, records: Sequence[Demonstration]) -> TextBatch:
+    """Demonstrations, the loss on their responses."""
+    return TextBatch(sequences=sequences(template, [r.prompt for r in records], [r.response for r in records]))
+
+
+def pair_batch(template: Template, records: Sequence[PreferencePair]) -> PairBatch:
+    """Preference pairs."""
+    prompts = [record.prompt for record in records]
+    return PairBatch(
+        chosen=sequences(template, prompts, [record.chosen for record in records]),
+        rejected=sequences(template, prompts, [record.rejected for record in records]),
+        margin=torch.tensor([record.margin for record in records]),
+    )
+
+
+def safety_pair_batch(template: Template, records: Sequence[SafetyPair]) -> SafetyPairBatch:
+    """Safety pairs; the verdicts become signs, +1 unsafe and -1 safe."""
+    prompts = [record.prompt for record in records]
+    return SafetyPairBatch(
+        safer=sequences(template, prompts, [record.safer for record in records]),
+        unsafer=sequences(template, prompts, [record.unsafer for record in records]),
+        safer_sign=torch.tensor([1.0 if record.safer_is_unsafe else -1.0 for record in records]),
+        unsafer_sign=torch.tensor([1.0 if record.unsafer_is_unsafe else -1.0 for record in records]),
+    )

@@ -1,0 +1,138 @@
+"""Nested states on disk: tensors as safetensors, the rest as JSON, both hashed, both there or neither.
+
+A checkpoint is a folder that appears under its name in one rename, after its files are on the disk. What is damaged
+is said loudly and never loaded in part. No pickles.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+TENSORS, TREE, HASHES = "tensors.safetensors", "tree.json", "sha256.json"
+_REFERENCE, _INTEGER_KEYS = "$tensor", "$int_keys"
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint whose files are missing or do not match their hashes."""
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file that is whole or not there: temporary name, flush to disk, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a finished folder its name: files and folder flushed to disk, then one rename."""
+    for entry in temporary.rglob("*"):
+        if entry.is_file():
+            _flush(entry)
+    _flush(temporary)
+    os.replace(temporary, final)
+    _flush(final.parent)
+
+
+def _detach(tree: Any, tensors: dict[str, torch.Tensor], path: str) -> Any:
+    """The tree with every tensor replaced by a reference; the tensors go into `tensors`."""
+    if isinstance(tree, torch.Tensor):
+        tensors[path] = tree.detach().cpu().contiguous()
+        return {_REFERENCE: path}
+    if isinstance(tree, dict):
+        kind = {type(key) for key in tree}
+        if not kind <= {str} and not kind <= {int}:
+            raise TypeError(f"checkpoint keys at {path!r} are {kind}; they must be all strings or all integers")
+        entries = {str(key): _detach(value, tensors, f"{path}/{key}") for key, value in tree.items()}
+        return {_INTEGER_KEYS: entries} if kind == {int} else entries
+    if isinstance(tree, list | tuple):
+        return [_detach(value, tensors, f"{path}/{i}") for i, value in enumerate(tree)]
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return tree
+    raise TypeError(f"checkpoint cannot hold a {type(tree).__name__} (at {path!r})")
+
+
+def _attach(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(tree, dict):
+        if _REFERENCE in tree:
+            return tensors[tree[_REFERENCE]]
+        if _INTEGER_KEYS in tree:
+            return {int(key): _attach(value, tensors) for key, value in tree[_INTEGER_KEYS].items()}
+        return {key: _attach(value, tensors) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_attach(value, tensors) for value in tree]
+    return tree
+
+
+def save_tree(folder: Path, tree: dict[str, Any]) -> None:
+    """Save nested dicts and lists of tensors, numbers, strings and None as the folder `folder`, atomically.
+
+    Tuples come back as lists. A folder of that name is replaced.
+
+    Raises:
+        TypeError: the tree holds anything else.
+        OSError: the disk is full or read-only; the name is then not taken.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    spelled = json.dumps(_detach(tree, tensors, ""))
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        save_file(tensors, temporary / TENSORS)
+        (temporary / TREE).write_text(spelled)
+        hashes = {name: sha256(temporary / name) for name in (TENSORS, TREE)}
+        (temporary / HASHES).write_text(json.dumps(hashes))
+        if folder.exists():
+            shutil.rmtree(folder)
+        publish(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_tree(folder: Path) -> dict[str, Any]:
+    """What `save_tree` saved.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, or its bytes are not those that were saved.
+    """
+    try:
+        hashes = json.loads((folder / HASHES).read_text())
+        for name in (TENSORS, TREE):
+            if sha256(folder / name) != hashes[name]:
+                raise DamagedCheckpoint(f"{folder / name} does not match the hash that was saved with it")
+        return _attach(json.loads((folder / TREE).read_text()), load_file(folder / TENSORS))
+    except (FileNotFoundError, KeyError, json.JSONDecodeError) as error:
+        raise DamagedCheckpoint(f"{folder} is incomplete: {error}") from error
+
+
+def checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
+    """(step, path) of the checkpoints `step_N` in `folder`, the latest first."""
+    found = [(int(path.name.removeprefix("step_")), path) for path in folder.glob("step_*") if path.is_dir()]
+    yield from sorted(found, reverse=True)

@@ -1,0 +1,213 @@
+"""Weights on disk -> modules in memory, and back; always safetensors, never code that came with the weights."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers import logging as transformers_logging
+
+from rlhf_lab.engine.tiny import TINY, tiny_policy, tiny_tokenizer
+from rlhf_lab.types import Count
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CALIBRATION = "score_calibration"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPaths:
+    """Which weights a run reads: hub ids, local folders, or `embedded:tiny` for the model that comes with the project.
+
+    `learning_rates` belong to the model, since they depend on its size: module -> rate.
+    """
+
+    base: str  # before any fine-tuning
+    policy: str  # what is trained, or what samples
+    reference: str  # what the KL is measured against
+    critic: str  # trunk of the value heads
+    learning_rates: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """Where and in which precision a run computes; changes nothing else."""
+
+    device: str  # cpu, cuda, cuda:1, …
+    dtype: Literal["float32", "bfloat16", "float16"]
+    threads: Count  # of torch, per process; more than the free cores is slower, by far
+
+    def start(self) -> torch.device:
+        """Apply the settings to this process.
+
+        Raises:
+            ValueError: the device is not there.
+        """
+        torch.set_num_threads(self.threads)
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"hardware.device={self.device}, but torch sees no GPU; use hardware=cpu")
+        return torch.device(self.device)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """score = scale * raw + shift: how a value model's raw output becomes a score in stated units."""
+
+    scale: float = 1.0
+    shift: float = 0.0
+    method: str = "none"  # none, standardised, gold, labels
+    fitted_on: str = ""  # the reference set, by name
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        return self.scale * raw + self.shift
+
+
+def is_embedded(path: str) -> bool:
+    return path.startswith("embedded:")
+
+
+def check_path(path: str, role: str, promised: Collection[str] = ()) -> None:
+    """Refuse a model folder that is not there, or holds no safetensors, before anything is loaded.
+
+    `promised` paths are let pass: they will be there by then. A path that does not look like one (no leading `/`, `.` or `~`, at most one `/`) may be a hub id and is let pass.
+
+    Raises:
+        ValueError: naming the role, the path, and what is missing.
+    """
+    if path in promised:
+        return
+    if is_embedded(path):
+        if path != TINY:
+            raise ValueError(f"{role}={path}: the only embedded model is {TINY}")
+        return
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        if path.startswith(("/", ".", "~")) or path.count("/") != 1:
+            raise ValueError(f"{role}={path}: no such folder; give a Hugging Face model folder or a hub id (owner/name)")
+        return
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{role}={path}: no config.json there; it is not a Hugging Face model folder")
+    if not list(folder.glob("*.safetensors")):
+        raise ValueError(f"{role}={path}: no *.safetensors there; other weight files (pickles) are not loaded")
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; one without a pad token pads with its EOS, which masks make harmless.
+
+    Raises:
+        ValueError: it has no EOS token, so no response could end.
+    """
+    tokenizer = tiny_tokenizer() if is_embedded(path) else AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if tokenizer.eos_token is None:
+        raise ValueError(f"the tokenizer of {path} has no EOS token; a response could never end")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _options(dtype: torch.dtype) -> dict[str, Any]:
+    return {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
+
+
+def load_policy(path: str, *, device: torch.device, dtype: str, seed: int) -> PreTrainedModel:
+    """A causal language model in evaluation mode; `seed` initialises an embedded one."""
+    if is_embedded(path):
+        model = tiny_policy(seed).to(DTYPES[dtype])
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, **_options(DTYPES[dtype]))
+    return model.to(device).eval()
+
+
+def load_frozen(path: str, *, device: torch.device, dtype: str, seed: int) -> PreTrainedModel:
+    """A causal language model that does not learn."""
+    return load_policy(path, device=device, dtype=dtype, seed=seed).requires_grad_(False)
+
+
+def new_scorer(path: str, pad_token_id: int, *, device: torch.device, dtype: str, seed: int) -> PreTrainedModel:
+    """A policy's trunk with a fresh scalar head: a one-label sequence classifier to be trained."""
+    if is_embedded(path):
+        raise ValueError(f"model.policy={path} has no trained trunk; name the folder of a trained policy")
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **_options(DTYPES[dtype]))
+    model.config.pad_token_id = pad_token_id
+    return model.to(device)
+
+
+def load_scorer(path: str, *, device: torch.device, dtype: str) -> tuple[PreTrainedModel, Calibration]:
+    """A trained value model, frozen, with the calibration that its config carries.
+
+    Raises:
+        ValueError: it has more than one output.
+    """
+    model = AutoModelForSequenceClassification.from_pretrained(path, **_options(DTYPES[dtype]))
+    if model.config.num_labels != 1:
+        raise ValueError(f"{path} has {model.config.num_labels} outputs; a reward or cost model has one")
+    calibration = Calibration(**getattr(model.config, CALIBRATION, {}))
+    return model.to(device).eval().requires_grad_(False), calibration
+
+
+class Critics(nn.Module):
+    """State values of several streams: one trunk, one linear head per stream.
+
+    The heads start at zero, so the first advantages are the returns themselves and no random value leaks into them.
+    """
+
+    def __init__(self, trunk: PreTrainedModel, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.trunk, self.names = trunk, names
+        width = trunk.get_input_embeddings().weight.shape[1]
+        width = getattr(trunk.config, "word_embed_proj_dim", None) or trunk.config.hidden_size or width
+        self.heads = nn.Linear(width, len(names), dtype=trunk.dtype)
+        nn.init.zeros_(self.heads.weight)
+        nn.init.zeros_(self.heads.bias)
+
+
+def load_critics(path: str, names: tuple[str, ...], *, device: torch.device, dtype: str, seed: int) -> Critics:
+    """Value heads on the trunk of the model at `path`."""
+    if is_embedded(path):
+        trunk = tiny_policy(seed).model.to(DTYPES[dtype])
+    else:
+        trunk = AutoModel.from_pretrained(path, **_options(DTYPES[dtype]))
+    return Critics(trunk, names).to(device).eval()
+
+
+def save_model(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, calibration: Calibration | None = None
+) -> None:
+    """Write a folder that `AutoModelFor…` loads; a value model's calibration goes into its config.json."""
+    if calibration is not None:
+        setattr(model.config, CALIBRATION, dict(calibration.__dict__))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def parameters_of(module: nn.Module) -> dict[str, Tensor]:
+    """Everything a module learns or tracks, by name; weights that are tied stand there once."""
+    buffers = {name: buffer for name, buffer in module.named_buffers() if name in module.state_dict()}
+    return {**dict(module.named_parameters()), **buffers}
+
+
+@torch.no_grad()
+def restore_parameters(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Copy saved parameters into a module of the same shape.
+
+    Raises:
+        ValueError: the names differ.
+    """
+    own = parameters_of(module)
+    if own.keys() != saved.keys():
+        raise ValueError(f"the checkpoint holds other parameters; differing: {sorted(own.keys() ^ saved.keys())[:5]}")
+    for name, tensor in own.items():
+        tensor.copy_(saved[name])

@@ -1,0 +1,80 @@
+"""Rollout -> ScoredRollout: every reward source, the reference and the critics, once and without gradient."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf_lab.engine.forward import critic_values, policy_forward
+from rlhf_lab.engine.models import Critics
+from rlhf_lab.interfaces import RewardSource
+from rlhf_lab.types import Rollout, ScoredRollout, Sequences
+
+
+def by_length(sequences: Sequences, tokens_at_once: int, device: torch.device, compute: Callable[[Sequences], Tensor]) -> Tensor:
+    """Apply `compute` ((b, …) rows -> (b, …)) to rows of similar length together, within a token budget.
+
+    Returns the results in the order of the rows, on the CPU.
+    """
+    parts = microbatches(sequences.lengths, tokens_at_once)
+    order = torch.cat(parts)
+    results = torch.cat([compute(sequences.select(part).to(device)).cpu() for part in parts])
+    return torch.empty_like(results).index_copy_(0, order, results)
+
+
+def microbatches(lengths: Tensor, tokens_at_once: int) -> list[Tensor]:
+    """Split rows into groups of similar length whose padded size stays within the budget; a longer row stands alone.
+
+    Args:
+        lengths: (B,) int64, real tokens of each row.
+
+    Returns:
+        Row indices of each group; together every row once.
+    """
+    groups: list[list[int]] = []
+    for row in lengths.argsort(stable=True).tolist():  # ascending: the newest row is the widest of its group
+        if groups and (len(groups[-1]) + 1) * int(lengths[row]) <= tokens_at_once:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [torch.tensor(group) for group in groups]
+
+
+class Scorer:
+    """Everything that is measured on a rollout before any learning."""
+
+    def __init__(
+        self,
+        *,
+        rewards: Mapping[str, RewardSource],
+        reference: PreTrainedModel,
+        critics: Critics | None,
+        temperature: float,
+        tokens_at_once: int,
+    ) -> None:
+        self.rewards, self.reference, self.critics = dict(rewards), reference, critics
+        self.temperature, self.tokens_at_once = temperature, tokens_at_once
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout) -> ScoredRollout:
+        """Scores by name, the reference's log-probabilities at the sampling temperature, and the critics' values."""
+        sequences, critics = rollout.sequences, self.critics
+        device, budget = self.reference.device, self.tokens_at_once
+        values: dict[str, Tensor] = {}
+        if critics is not None:
+            stacked = by_length(
+                sequences, budget, device, lambda part: torch.stack([*critic_values(critics, part).values()], -1)
+            )
+            values = {name: stacked[..., k] for k, name in enumerate(critics.names)}
+        return ScoredRollout(
+            rollout=rollout,
+            scores={name: source.score(rollout) for name, source in self.rewards.items()},
+            ref_logprobs=by_length(
+                sequences,
+                budget,
+                device,
+                lambda part: policy_forward(self.reference, part, temperature=self.temperature).logprobs,
+            ),
+            values=values,
+        )

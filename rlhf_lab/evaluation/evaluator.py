@@ -1,0 +1,78 @@
+"""A policy on held-out prompts: every score and the gold ones, each split on its own, every mean with its interval."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_lab.data.templates import Template
+from rlhf_lab.data.tokenise import prompt_batch
+from rlhf_lab.engine.score import Scorer
+from rlhf_lab.evaluation.metrics import completion_metrics, half_width
+from rlhf_lab.functional.kl import kl_estimate
+from rlhf_lab.interfaces import RewardSource, RolloutEngine
+from rlhf_lab.records import Prompt
+from rlhf_lab.seeds import derive
+from rlhf_lab.types import Metrics, Score, ScoredRollout
+
+
+def sample_rows(split: str, scored: ScoredRollout, gold: Mapping[str, Score]) -> list[dict[str, Any]]:
+    """One row per response with everything that was measured on it."""
+    kl = kl_estimate(scored.logprobs, scored.ref_logprobs, "k1").sum(1)
+    rollout = scored.rollout
+    return [
+        {
+            "split": split,
+            "id": rollout.prompts[i].id,
+            "prompt": rollout.prompts[i].request,
+            "response": rollout.responses[i],
+            "finished": bool(rollout.finished[i]),
+            "tokens": int(scored.response_mask[i].sum()),
+            "kl": kl[i].item(),
+            "scores": {name: score.value[i].item() for name, score in scored.scores.items()},
+            "members": {n: s.members[i].tolist() for n, s in scored.scores.items() if s.members.shape[1] > 1},
+            "gold": {name: score.value[i].item() for name, score in gold.items()},
+        }
+        for i in range(len(rollout))
+    ]
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Held-out evaluation with the same random numbers each time, so that before and after differ by the policy only.
+
+    Fields:
+        prompts: split -> its prompts.
+        gold: the true scores, if the data have them.
+    """
+
+    prompts: Mapping[str, Sequence[Prompt]]
+    gold: Mapping[str, RewardSource]
+    template: Template
+    seed: int
+
+    def evaluate(self, engine: RolloutEngine, scorer: Scorer) -> tuple[Metrics, list[dict[str, Any]]]:
+        """One response per prompt.
+
+        Returns:
+            `eval/<split>/…` metrics, means with `ci95`, the half width of their Student-t interval over prompts;
+            and one row per response.
+        """
+        metrics: Metrics = {}
+        rows: list[dict[str, Any]] = []
+        for split, prompts in self.prompts.items():
+            batch = prompt_batch(self.template, prompts)
+            scored = scorer.score(engine.generate(batch, 1, derive(self.seed, "evaluation", split)))
+            gold = {name: source.score(scored.rollout) for name, source in self.gold.items()}
+            kl = kl_estimate(scored.logprobs, scored.ref_logprobs, "k1").sum(1)
+            columns = {
+                **{f"rewards/{name}": score.value for name, score in scored.scores.items()},
+                **{f"gold/{name}": score.value for name, score in gold.items()},
+                "kl": kl,
+            }
+            for name, values in columns.items():
+                key = f"eval/{split}/{name}" if name == "kl" else f"eval/{split}/{name}/mean"
+                metrics[key] = values.mean().item()
+                metrics[f"eval/{split}/{name}/ci95"] = half_width(values)
+            metrics |= {f"eval/{split}/{name}": value for name, value in completion_metrics(scored).items()}
+            rows += sample_rows(split, scored, gold)
+        return metrics, rows

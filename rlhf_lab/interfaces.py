@@ -1,0 +1,113 @@
+"""The protocols that parts meet through. A class satisfies one by having its members; nothing is inherited."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from rlhf_lab.types import Experience, Metrics, PromptBatch, Rollout, Score, ScoredRollout, Term
+
+
+class Stateful(Protocol):
+    """A part that changes during a run, and therefore is in the checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class OfflineAlgorithm(Protocol):
+    """A method that learns from a data set: hyper-parameters as fields, mathematics as methods; no weights, tokens, device or config."""
+
+    reads: ClassVar[str]  # which records of a data set it learns from: demonstrations, preferences, safety_pairs
+
+    def loss(self, new: Any, batch: Any) -> Sequence[Term]:
+        """The summands of the loss of one microbatch, unaveraged; pure."""
+        ...
+
+
+class OnlineAlgorithm(Protocol):
+    """A method that learns from its own samples."""
+
+    @property
+    def critics(self) -> tuple[str, ...]:
+        """The value heads that it needs, by name; () for none."""
+        ...
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The scores that it reads, by name: the reward sources that must be there."""
+        ...
+
+    @property
+    def stateful(self) -> Mapping[str, Stateful]:
+        """Its parts that change during a run (multipliers, KL controllers), by name."""
+        ...
+
+    def prepare(self, scored: ScoredRollout) -> tuple[Experience, Metrics]:
+        """Once per iteration, on the whole batch, without gradient: dual step, rewards, advantages."""
+        ...
+
+    def loss(self, new: Any, batch: Experience) -> Sequence[Term]: ...
+
+
+class Constraint(Stateful, Protocol):
+    """`bound(cost) <= limit`, priced by a multiplier that learns."""
+
+    limit: float
+
+    def step(self, cost: Tensor) -> Metrics:
+        """Dual ascent on the (B,) costs of one iteration; what it did, under metric names without prefix."""
+        ...
+
+    @property
+    def multiplier(self) -> float: ...
+
+
+class KLController(Stateful, Protocol):
+    """How the weight of the KL penalty moves during a run."""
+
+    @property
+    def factor(self) -> float:
+        """What the configured coefficient is multiplied by now."""
+        ...
+
+    def step(self, logprobs: Tensor, ref_logprobs: Tensor) -> None:
+        """Adapt to the responses of one iteration; (B, T) each, 0 where masked."""
+        ...
+
+
+class Objective(Protocol):
+    """Named scores -> what is maximised."""
+
+    streams: tuple[str, ...]
+
+    def __call__(self, scores: Mapping[str, Tensor]) -> Tensor:
+        """(B,) each -> (B,) reward."""
+        ...
+
+
+class RolloutEngine(Protocol):
+    """Samples from a policy."""
+
+    def generate(self, prompts: PromptBatch, samples: int, seed: int) -> Rollout: ...
+
+
+class RewardSource(Protocol):
+    """Says how good (or, for a cost, how bad: higher is worse) each response is, in its own units."""
+
+    def score(self, rollout: Rollout) -> Score: ...
+
+
+class Aggregate(Protocol):
+    """(B, M) normalised member scores -> (B,) the ensemble's score."""
+
+    def __call__(self, members: Tensor) -> Tensor: ...
+
+
+class Tracker(Protocol):
+    """A mirror of the metrics outside the run directory."""
+
+    def start(self, directory: Path, config: dict[str, Any]) -> None: ...
+    def log(self, step: int, metrics: Metrics) -> None: ...
+    def finish(self) -> None: ...

@@ -1,0 +1,131 @@
+"""Carrying out a plan: its artifacts first, each built once, then the run itself, then its report."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra.utils import instantiate
+
+from rlhf_lab.console import Console
+from rlhf_lab.launch.check import BadConfig, check
+from rlhf_lab.launch.compose import Plan
+from rlhf_lab.report.page import build_report
+from rlhf_lab.run import Run, RunRefused, difference, is_finished
+from rlhf_lab.types import Metrics
+
+# what may differ between the run that built an artifact and the run that reads it
+_INCIDENTAL = ("hardware", "tracker", "artifacts")
+
+
+def in_order(plan: Plan) -> Iterator[Plan]:
+    """What the plan needs, directly or through others, each once and after its own needs."""
+    seen: set[Path] = set()
+
+    def walk(of: Plan) -> Iterator[Plan]:
+        for needed in of.needs:
+            if needed.directory not in seen:
+                seen.add(needed.directory)
+                yield from walk(needed)
+                yield needed
+
+    yield from walk(plan)
+
+
+def preflight(plan: Plan) -> None:
+    """Refuse what cannot work, of the run and of every artifact that it would build; loads no weights.
+
+    Raises:
+        BadConfig, ValueError: naming the key or path, what was found and what to do.
+    """
+    needs = list(in_order(plan))
+    promised = {str(needed.output) for needed in needs}
+    for one in (plan, *needs):
+        check(one.config)
+        if one.config["artifacts"] not in ("build", "refuse"):
+            raise BadConfig(f"artifacts={one.config['artifacts']!r}: must be 'build' or 'refuse'")
+        if not is_finished(one.directory):
+            instantiate(one.config["stage"], _convert_="all").check(promised)
+    for needed in needs:
+        _check_artifact(needed, plan.config["artifacts"])
+
+
+def _check_artifact(plan: Plan, policy: str) -> None:
+    """Refuse an artifact that is not there and must not be built, or that is there with another configuration."""
+    if is_finished(plan.directory):
+        import yaml
+
+        stored = yaml.safe_load((plan.directory / "config.yaml").read_text())
+        ours = {key: value for key, value in plan.config.items() if key not in _INCIDENTAL}
+        theirs = {key: value for key, value in stored.items() if key not in _INCIDENTAL}
+        changed = [line for line in difference(theirs, ours) if ".hardware." not in line]
+        if changed:
+            raise RunRefused(
+                f"the artifact {plan.directory} was built with another configuration ({'; '.join(changed[:5])}); "
+                "remove it to have it built again, or choose another place with runs_dir="
+            )
+    elif policy == "refuse":
+        raise RunRefused(f"the artifact {plan.directory} is not there; build it with: {plan.command}")
+
+
+@contextmanager
+def _building(directory: Path, console: Console) -> Iterator[None]:
+    """Held by one process at a time: who comes second waits, and finds the artifact finished."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with (directory.parent / f".{directory.name}.build").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            console.say(f"waiting for another process that builds {directory}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def execute(plan: Plan) -> Metrics:
+    """Build what the plan needs, then run it; a finished run is said to be finished and left alone.
+
+    Returns the run's last metrics, {} if it was finished already.
+    """
+    console = Console()
+    preflight(plan)
+    missing = [needed for needed in in_order(plan) if not is_finished(needed.directory)]
+    for i, needed in enumerate(missing):
+        console.say(f"[{i + 1}/{len(missing)}] building {needed.directory}, which this run needs")
+        with _building(needed.directory, console):
+            if not is_finished(needed.directory):
+                carry_out(needed, console)
+    return carry_out(plan, console)
+
+
+def carry_out(plan: Plan, console: Console) -> Metrics:
+    """One run from its frozen configuration to its report."""
+    stage = instantiate(plan.config["stage"], _convert_="all")
+    tracker = instantiate(plan.config["tracker"], _convert_="all")
+    run = Run.open(
+        plan.directory,
+        config=plan.config,
+        overrides=list(plan.overrides),
+        artifacts={str(needed.output.relative_to(plan.config["runs_dir"])): needed.output for needed in plan.needs},
+        tracker=tracker,
+        console=console,
+    )
+    page = plan.directory / "report.html"
+    try:
+        if run.finished:
+            console.say(f"{plan.directory} is finished already; its results are in {page}")
+            console.say("for another run of the same configuration give it a name of its own with name=")
+            return {}
+        stage.check()
+        tracker.start(plan.directory, plan.config)
+        console.say(f"run {plan.directory}")
+        metrics = stage.run(run)
+        build_report(plan.directory)
+        run.finish(metrics)
+        tracker.finish()
+    except BaseException as error:
+        run.fail(error)
+        raise
+    finally:
+        run.close()
+    console.summary({"output": str(plan.output), "report": str(page), "metrics": str(plan.directory / "metrics.jsonl")})
+    return metrics

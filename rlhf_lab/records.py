@@ -1,0 +1,72 @@
+"""What a data set holds before it is tokenised: one frozen record per row, whatever file it came from."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+
+class Message(TypedDict):
+    """One turn of a conversation, in the form that chat templates read."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A conversation that ends with the user, waiting for a response.
+
+    Example: `Prompt.from_text("how do i bake bread ?")` has one message of role "user".
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+
+    @classmethod
+    def from_text(cls, text: str) -> "Prompt":
+        """One user turn; the id is a digest of the text, so equal prompts have equal ids in every data set."""
+        return cls.from_messages(({"role": "user", "content": text},))
+
+    @classmethod
+    def from_messages(cls, messages: Sequence[Message]) -> "Prompt":
+        """A whole conversation; the id is a digest of its roles and contents."""
+        spoken = "\x1e".join(f"{message['role']}\x1f{message['content']}" for message in messages)
+        return cls(id=hashlib.sha256(spoken.encode()).hexdigest()[:16], messages=tuple(messages))
+
+    @property
+    def request(self) -> str:
+        """What the user said last."""
+        return self.messages[-1]["content"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstration:
+    """A prompt and a response to imitate."""
+
+    prompt: Prompt
+    response: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferencePair:
+    """Two responses to a prompt, the first preferred. `margin` is by how much, 0 when the data do not say."""
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    margin: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafetyPair:
+    """Two responses to a prompt, ordered by safety, each with its own verdict.
+
+    Source: the two questions of Safe RLHF's annotation, Dai et al. 2023, arXiv:2310.12773, section 3.1.
+    """
+
+    prompt: Prompt
+    safer: str
+    unsafer: str
+    safer_is_unsafe: bool
+    unsafer_is_unsafe: bool

@@ -1,0 +1,50 @@
+"""An ensemble of reward models is a source made of sources; its members' scores stay beside the aggregate."""
+
+from collections.abc import Collection, Sequence
+from typing import Self
+
+import torch
+
+from rlhf_lab.data.templates import Style, Template
+from rlhf_lab.engine.models import Hardware
+from rlhf_lab.interfaces import Aggregate
+from rlhf_lab.rewards.scalar_model import ScalarModel
+from rlhf_lab.types import Count, Rollout, Score
+
+
+class Ensemble:
+    """Aggregates members that are each calibrated on the same reference set, so that they may be compared.
+
+    Args:
+        members: paths of the member models.
+        k: how many there must be; the default members are seeds 0 to k - 1.
+        aggregate: (B, k) -> (B,), from `functional/aggregate.py`; the same function serves best-of-n.
+
+    Raises:
+        ValueError: there are not k members.
+
+    Source: Coste et al. 2024, arXiv:2310.02743.
+    """
+
+    def __init__(
+        self, members: Sequence[str], k: Count, aggregate: Aggregate, template: Style, tokens_at_once: Count
+    ) -> None:
+        if len(members) != k:
+            raise ValueError(f"reward_ensemble.k={k}, but {len(members)} members are named; set k to their number")
+        self.members = [ScalarModel(path, template, tokens_at_once) for path in members]
+        self.aggregate = aggregate
+
+    def check(self, promised: Collection[str] = ()) -> None:
+        """Raises ValueError if a member cannot be loaded; loads nothing."""
+        for member in self.members:
+            member.check(promised)
+
+    def load(self, hardware: Hardware, policy: Template) -> Self:
+        """Read the members' weights."""
+        for member in self.members:
+            member.load(hardware, policy)
+        return self
+
+    def score(self, rollout: Rollout) -> Score:
+        members = torch.stack([member.score(rollout).value for member in self.members], dim=1)
+        return Score(value=self.aggregate(members), members=members)

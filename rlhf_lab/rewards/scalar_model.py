@@ -1,0 +1,49 @@
+"""A trained reward or cost model as a source of scores, whatever tokenizer and template it was trained with."""
+
+from collections.abc import Collection
+from typing import Self
+
+import torch
+
+from rlhf_lab.data.templates import Style, Template
+from rlhf_lab.data.tokenise import sequences
+from rlhf_lab.engine.forward import raw_scores
+from rlhf_lab.engine.models import Hardware, check_path, load_scorer, load_tokenizer
+from rlhf_lab.engine.score import by_length
+from rlhf_lab.types import Count, Rollout, Score
+
+
+class ScalarModel:
+    """Scores in the units of the model's calibration: standard deviations of a reference set, gold units, or raw.
+
+    Args:
+        path: folder or hub id of a one-label sequence classifier.
+        template: how it writes conversations; "auto" as it was saved.
+        tokens_at_once: budget of one forward.
+    """
+
+    def __init__(self, path: str, template: Style, tokens_at_once: Count) -> None:
+        self.path, self.style, self.tokens_at_once = path, template, tokens_at_once
+
+    def check(self, promised: Collection[str] = ()) -> None:
+        """Raises ValueError if the folder cannot be loaded; loads nothing."""
+        check_path(self.path, "reward model", promised)
+
+    def load(self, hardware: Hardware, policy: Template) -> Self:
+        """Read the weights; `policy` is how the responses that will be scored were written."""
+        self.template = Template(load_tokenizer(self.path), self.style)
+        self.reads_tokens = self.template.writes_like(policy)
+        self.model, self.calibration = load_scorer(
+            self.path, device=torch.device(hardware.device), dtype=hardware.dtype
+        )
+        return self
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout) -> Score:
+        """(B,) calibrated scores. A response that was cut is scored as it stands, without an EOS that it never had."""
+        read = rollout.sequences
+        if not self.reads_tokens:
+            read = sequences(self.template, rollout.prompts, rollout.responses, rollout.finished.tolist())
+        raw = by_length(read, self.tokens_at_once, self.model.device, lambda part: raw_scores(self.model, part))
+        value = self.calibration(raw)
+        return Score(value=value, members=value[:, None])

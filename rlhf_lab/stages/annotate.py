@@ -1,0 +1,150 @@
+"""Making preference data: sample responses from a policy, have a judge compare them, add label noise, save a table."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+
+from rlhf_lab.data.dataset import Dataset
+from rlhf_lab.data.templates import Template
+from rlhf_lab.data.tokenise import prompt_batch
+from rlhf_lab.engine.generate import Generator, Sampling
+from rlhf_lab.engine.models import Hardware, ModelPaths, check_path, load_policy, load_tokenizer
+from rlhf_lab.records import Prompt
+from rlhf_lab.rewards.gold import Gold
+from rlhf_lab.run import Run
+from rlhf_lab.seeds import derive, generator
+from rlhf_lab.types import Count, Fraction, Metrics, batches
+
+
+class Annotate:
+    """Two responses to each prompt, compared by gold scores, as `data/<split>.parquet`.
+
+    Columns: id, prompt, response_0, response_1, better and safer (0 or 1), safe_0, safe_1, gold_<name>_0, gold_<name>_1
+    for every gold score, and clean_better, clean_safer, clean_safe_0, clean_safe_1 before the noise. The training
+    split alone is noisy. A pair of equal responses is dropped and counted; a tie of gold scores is decided by a coin.
+
+    Args:
+        better_by, safer_by: gold scores that decide; safer is the lower cost.
+        safe_below: a response whose cost is at most this is safe.
+        preference_noise, safety_noise: share of the training pairs' better/safer labels that are flipped, exactly.
+        verdict_noise: share of the training responses' safe labels that are flipped, exactly.
+        prompts_per_shard: prompts between two saves; a killed run continues after its last shard.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: ModelPaths,
+        dataset: Dataset,
+        sampling: Sampling,
+        hardware: Hardware,
+        better_by: str,
+        safer_by: str,
+        safe_below: float,
+        preference_noise: Fraction,
+        safety_noise: Fraction,
+        verdict_noise: Fraction,
+        prompts_per_shard: Count,
+    ) -> None:
+        self.model, self.dataset, self.sampling, self.hardware = model, dataset, sampling, hardware
+        self.better_by, self.safer_by, self.safe_below = better_by, safer_by, safe_below
+        self.preference_noise, self.safety_noise = preference_noise, safety_noise
+        self.verdict_noise, self.prompts_per_shard = verdict_noise, prompts_per_shard
+
+    def check(self, promised: Collection[str] = ()) -> None:
+        """Refuse what cannot work, before anything is loaded; `promised` paths will be there by then."""
+        check_path(self.model.policy, "model.policy", promised)
+        self.dataset.check(promised)
+        for key, name in (("better_by", self.better_by), ("safer_by", self.safer_by)):
+            if name not in self.dataset.gold:
+                raise ValueError(
+                    f"stage.{key}={name}, but {self.dataset.path} has the gold scores {sorted(self.dataset.gold)}"
+                )
+
+    def run(self, run: Run) -> Metrics:
+        device = self.hardware.start()
+        template = Template(load_tokenizer(self.model.policy), self.dataset.template_style)
+        policy = load_policy(self.model.policy, device=device, dtype=self.hardware.dtype, seed=run.seed)
+        engine = Generator(policy, template, self.sampling)
+        metrics: Metrics = {}
+        tables: dict[str, list[dict[str, Any]]] = {}
+        for split in (self.dataset.train_split, *self.dataset.splits):
+            prompts = self.dataset.prompts(split, template)
+            parts = list(batches(len(prompts), self.prompts_per_shard))
+            rows: list[dict[str, Any]] = []
+            for i in run.console.steps(f"sampling pairs of {split}, shard", 0, len(parts), metrics):
+                rows += self._shard(run, engine, template, split, i, prompts[parts[i]])
+            kept = [row for row in rows if row["response_0"] != row["response_1"]]
+            if split == self.dataset.train_split:
+                self._add_noise(kept, run.seed)
+            name = "train" if split == self.dataset.train_split else split
+            tables[name] = kept
+            metrics |= {f"{name}/pairs": float(len(kept)), f"{name}/equal_pairs": float(len(rows) - len(kept))}
+            for gold in self.dataset.gold:
+                both = [row[f"gold_{gold}_{side}"] for row in kept for side in (0, 1)]
+                metrics[f"{name}/gold/{gold}/mean"] = sum(both) / len(both)
+        with run.folder("data") as folder:
+            for name, kept in tables.items():
+                datasets.Dataset.from_list(kept).to_parquet(folder / f"{name}.parquet")
+        run.log(0, metrics)
+        return metrics
+
+    def _shard(
+        self, run: Run, engine: Generator, template: Template, split: str, i: int, prompts: Sequence[Prompt]
+    ) -> list[dict[str, Any]]:
+        folder = Path(f"shards/{split}_{i:04d}")
+        done = run.directory / folder / "rows.parquet"
+        if not done.exists():
+            rollout = engine.generate(prompt_batch(template, prompts), 2, derive(run.seed, "sampling", split, i))
+            gold = {name: Gold(measure).score(rollout).value for name, measure in self.dataset.gold.items()}
+            rows = self._rows(rollout.responses, prompts, gold, generator(run.seed, "coin", split, i))
+            with run.folder(str(folder)) as temporary:
+                datasets.Dataset.from_list(rows).to_parquet(temporary / "rows.parquet")
+        table = datasets.load_dataset("parquet", data_files=str(done), split="train", keep_in_memory=True)
+        return [dict(row) for row in table]
+
+    def _rows(
+        self, responses: Sequence[str], prompts: Sequence[Prompt], gold: dict[str, Tensor], coin: torch.Generator
+    ) -> list[dict[str, Any]]:
+        flips = torch.randint(2, (2, len(prompts)), generator=coin).tolist()
+        rows: list[dict[str, Any]] = []
+        for i, prompt in enumerate(prompts):
+            first, second = 2 * i, 2 * i + 1
+            good, bad = gold[self.better_by], gold[self.safer_by]
+            better = flips[0][i] if good[first] == good[second] else int(good[second] > good[first])
+            safer = flips[1][i] if bad[first] == bad[second] else int(bad[second] < bad[first])
+            labels = {
+                "better": better,
+                "safer": safer,
+                "safe_0": bool(bad[first] <= self.safe_below),
+                "safe_1": bool(bad[second] <= self.safe_below),
+            }
+            rows.append(
+                {
+                    "id": prompt.id,
+                    "prompt": prompt.request,
+                    "response_0": responses[first],
+                    "response_1": responses[second],
+                    **labels,
+                    **{f"clean_{name}": label for name, label in labels.items()},
+                    **{f"gold_{n}_{side}": gold[n][2 * i + side].item() for n in gold for side in (0, 1)},
+                }
+            )
+        return rows
+
+    def _add_noise(self, rows: list[dict[str, Any]], seed: int) -> None:
+        """Flip exactly the stated share of each label, other rows for each."""
+        noise = {
+            "better": self.preference_noise,
+            "safer": self.safety_noise,
+            "safe_0": self.verdict_noise,
+            "safe_1": self.verdict_noise,
+        }
+        for label, share in noise.items():
+            order = torch.randperm(len(rows), generator=generator(seed, "noise", label))
+            for i in order[: round(share * len(rows))].tolist():
+                rows[i][label] = type(rows[i][label])(not rows[i][label])

@@ -1,0 +1,72 @@
+"""A policy on every held-out split: all scores, gold, KL to the reference, lengths; each with its interval."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from rlhf_lab.data.dataset import Dataset
+from rlhf_lab.data.templates import Template
+from rlhf_lab.engine.generate import Generator, Sampling
+from rlhf_lab.engine.models import Hardware, ModelPaths, check_path, load_frozen, load_tokenizer
+from rlhf_lab.engine.score import Scorer
+from rlhf_lab.evaluation.evaluator import Evaluator
+from rlhf_lab.rewards.gold import Gold
+from rlhf_lab.run import Run
+from rlhf_lab.seeds import derive
+from rlhf_lab.types import Count, Metrics
+
+
+class Evaluate:
+    """Evaluation alone, of any policy folder.
+
+    Args:
+        rewards: name -> source; null leaves one out.
+        tokens_at_once: budget of one scoring forward.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: ModelPaths,
+        dataset: Dataset,
+        rewards: Mapping[str, Any],
+        evaluation_sampling: Sampling,
+        hardware: Hardware,
+        tokens_at_once: Count,
+    ) -> None:
+        self.model, self.dataset, self.hardware = model, dataset, hardware
+        self.rewards = {name: source for name, source in rewards.items() if source is not None}
+        self.sampling, self.tokens_at_once = evaluation_sampling, tokens_at_once
+
+    def check(self, promised: Collection[str] = ()) -> None:
+        """Refuse what cannot work, before anything is loaded; `promised` paths will be there by then."""
+        for role in ("policy", "reference"):
+            check_path(getattr(self.model, role), f"model.{role}", promised)
+        self.dataset.check(promised)
+        for source in self.rewards.values():
+            source.check(promised)
+
+    def run(self, run: Run) -> Metrics:
+        device = self.hardware.start()
+        options = {"device": device, "dtype": self.hardware.dtype, "seed": derive(run.seed, "initial weights")}
+        template = Template(load_tokenizer(self.model.policy), self.dataset.template_style)
+        policy = load_frozen(self.model.policy, **options)
+        scorer = Scorer(
+            rewards={name: source.load(self.hardware, template) for name, source in self.rewards.items()},
+            reference=load_frozen(self.model.reference, **options),
+            critics=None,
+            temperature=self.sampling.temperature or 1.0,
+            tokens_at_once=self.tokens_at_once,
+        )
+        evaluator = Evaluator(
+            prompts={split: self.dataset.prompts(split, template) for split in self.dataset.splits},
+            gold={name: Gold(measure) for name, measure in self.dataset.gold.items()},
+            template=template,
+            seed=run.seed,
+        )
+        run.resume()
+        for note in self.dataset.notes:
+            run.warn(0, note)
+        metrics, rows = evaluator.evaluate(Generator(policy, template, self.sampling), scorer)
+        run.write_rows("samples/step_000000.jsonl", rows)
+        run.log(0, metrics)
+        return metrics

@@ -1,0 +1,258 @@
+"""The data that flows. Row i is row i in every field of every type, from the prompt to the last table.
+
+    PromptBatch -generate-> Rollout -score-> ScoredRollout -prepare-> Experience -forward, loss-> [Term] -learner-> metrics
+    record -tokenise-> TextBatch | PairBatch | SafetyPairBatch --------------(offline: straight to forward, loss)-->
+
+Shapes: B rows, P prompt positions (padded left), T response positions (padded right), M ensemble members.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from annotated_types import Ge, Gt, Interval
+from torch import Tensor
+
+from rlhf_lab.records import Prompt
+
+Fraction = Annotated[float, Interval(ge=0, le=1)]
+NonNegative = Annotated[float, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+Count = Annotated[int, Gt(0)]
+NonNegativeCount = Annotated[int, Ge(0)]
+
+Metrics = dict[str, float]
+
+
+def _map(value: Any, change: Any) -> Any:
+    """Apply `change` to every row-wise leaf (tensor or list) of a nested batch."""
+    if isinstance(value, Batch):
+        return value.map(change)
+    if isinstance(value, Mapping):
+        return {key: _map(entry, change) for key, entry in value.items()}
+    return change(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A frozen record of columns that share their first dimension."""
+
+    def map(self, change: Any) -> Self:
+        """The same record with `change` applied to every tensor and every list of it, nested batches included."""
+        return type(self)(**{field.name: _map(getattr(self, field.name), change) for field in fields(self)})
+
+    def select(self, index: Tensor) -> Self:
+        """The rows `index` (int64), in that order."""
+        rows = index.tolist()
+        return self.map(lambda leaf: leaf[index] if isinstance(leaf, Tensor) else [leaf[row] for row in rows])
+
+    def to(self, device: torch.device) -> Self:
+        """The same record with every tensor on `device`."""
+        return self.map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequences(Batch):
+    """Prompts padded left to P and responses padded right to T, side by side.
+
+    Masks and positions are made once, where the tokens are made, and never inferred from pad ids:
+    a tokenizer whose pad token is its EOS loses nothing.
+    """
+
+    tokens: Tensor  # (B, P + T) int64
+    attention_mask: Tensor  # (B, P + T) bool, True on real tokens
+    position_ids: Tensor  # (B, P + T) int64, 0 at the first real token of a row
+    response_mask: Tensor  # (B, T) bool, True on response tokens, the EOS included
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def prompt_width(self) -> int:
+        """P, the first response column."""
+        return self.tokens.shape[1] - self.response_mask.shape[1]
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int64: real tokens of each row."""
+        return self.attention_mask.sum(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptBatch(Batch):
+    """Prompts, tokenised and padded left."""
+
+    prompts: list[Prompt]  # as the data set holds them, for scorers that read another tokenizer or template
+    tokens: Tensor  # (B, P) int64
+    attention_mask: Tensor  # (B, P) bool
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout(Batch):
+    """Responses sampled from a policy.
+
+    Example: two prompts, two samples each, T = 3, the third response cut at the length limit:
+        group         = [0, 0, 1, 1]
+        response_mask = [[1,1,0], [1,1,1], [1,1,1], [1,0,0]]
+        finished      = [True, True, False, True]
+    """
+
+    prompts: list[Prompt]  # repeated: row i is the prompt that response i answers
+    sequences: Sequences
+    group: Tensor  # (B,) int64; rows with one value answer one prompt
+    finished: Tensor  # (B,) bool, False if cut at the length limit
+    responses: list[str]  # decoded, without special tokens
+    logprobs: Tensor  # (B, T) of the sampled tokens, under the distribution they were sampled from; 0 where masked
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score(Batch):
+    """What one source says of a rollout, raw and in its own units; an ensemble keeps what its members said."""
+
+    value: Tensor  # (B,)
+    members: Tensor  # (B, M); M = 1 for a source that is not an ensemble
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredRollout(Batch):
+    """A rollout with everything that was measured on it before any learning."""
+
+    rollout: Rollout
+    scores: dict[str, Score]
+    ref_logprobs: Tensor  # (B, T) of the sampled tokens under the reference policy; 0 where masked
+    values: dict[str, Tensor]  # critic -> (B, T), at the state before each response token; 0 where masked
+
+    def __len__(self) -> int:
+        return len(self.rollout)
+
+    @property
+    def logprobs(self) -> Tensor:
+        return self.rollout.logprobs
+
+    @property
+    def response_mask(self) -> Tensor:
+        return self.rollout.sequences.response_mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experience(Batch):
+    """A scored rollout with what the policy is to learn from it."""
+
+    scored: ScoredRollout
+    advantages: Tensor  # (B, T), 0 where masked
+    returns: dict[str, Tensor]  # critic -> (B, T), its regression target; 0 where masked
+
+    def __len__(self) -> int:
+        return len(self.scored)
+
+    @property
+    def token_mask(self) -> Tensor:
+        return self.scored.response_mask
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.scored.rollout.sequences.lengths
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextBatch(Batch):
+    """Responses to imitate."""
+
+    sequences: Sequences
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def token_mask(self) -> Tensor:
+        return self.sequences.response_mask
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.sequences.lengths
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairBatch(Batch):
+    """Two responses a row, the first preferred."""
+
+    chosen: Sequences
+    rejected: Sequences
+    margin: Tensor  # (B,) by how much, in the units of the data; 0 when they do not say
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @property
+    def pair(self) -> tuple[Sequences, Sequences]:
+        return self.chosen, self.rejected
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.chosen.lengths + self.rejected.lengths
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafetyPairBatch(Batch):
+    """Two responses a row, the first safer, each with its own verdict: +1 unsafe, -1 safe."""
+
+    safer: Sequences
+    unsafer: Sequences
+    safer_sign: Tensor  # (B,) float
+    unsafer_sign: Tensor  # (B,) float
+
+    def __len__(self) -> int:
+        return len(self.safer)
+
+    @property
+    def pair(self) -> tuple[Sequences, Sequences]:
+        return self.safer, self.unsafer
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.safer.lengths + self.unsafer.lengths
+
+
+@dataclass(frozen=True)
+class PolicyForward:
+    """What a policy (and its critics) says of a batch of sequences; carries gradient, never logits."""
+
+    logprobs: Tensor  # (B, T) of the response tokens; 0 where masked
+    entropy: Tensor  # (B, T) nats, without gradient; 0 where masked
+    values: dict[str, Tensor]  # critic -> (B, T); 0 where masked
+
+    @property
+    def sequence_logprobs(self) -> Tensor:
+        """(B,): log-probability of each whole response."""
+        return self.logprobs.sum(1)
+
+
+@dataclass(frozen=True)
+class ScoreForward:
+    """What a value model says of the two responses of each row, raw and before any normalisation; carries gradient."""
+
+    first: Tensor  # (B,)
+    second: Tensor  # (B,)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of a loss, not yet averaged: only the Learner knows the minibatch and divides."""
+
+    name: str
+    values: Tensor  # (B, T) if per token, (B,) if per row
+    per: Literal["token", "row"]
+    weight: float = 1.0  # 0: reported, not minimised
+
+
+def batches(size: int, batch_size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `batch_size` that cover `size` rows; the last may be shorter, none is dropped."""
+    for start in range(0, size, batch_size):
+        yield slice(start, min(start + batch_size, size))
