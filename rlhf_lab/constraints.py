@@ -6,24 +6,27 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf_lab.types import Count, Metrics, NonNegativeCount, Positive
+from rlhf_lab.types import Count, Metrics, NonNegative, NonNegativeCount, Positive
 
 
 class Lagrangian:
     """E[cost] <= limit, priced by exp(log lambda), which climbs by plain gradient ascent.
 
-        log lambda <- log lambda + lr * lambda * (Jbar - limit),     Jbar = mean of the last `window` costs
+        log lambda <- log lambda + lr * lambda * (Jbar - (limit - margin)),    Jbar = mean of the last `window` costs
 
     The ascent is on log lambda, so the step is proportional to lambda itself: a small multiplier wakes slowly, which
     `min_multiplier` bounds. The cost is raw: no KL, no clip.
 
     Args:
         limit: in the units of the cost; Safe RLHF's code has it with this sign, its paper with the other.
+        margin: how far under the limit the learned cost is held. What an optimised policy gains on a learned cost
+            exceeds what it gains in truth; the margin pays for the difference. A departure: 0 as published.
         init: lambda at the start.
         lr: of the ascent, once per iteration.
         window: number of latest responses whose mean cost is compared with the limit.
         delay: iterations before the first step, while the window fills.
-        max_multiplier: cap of lambda; `inf` for none.
+        max_multiplier: cap of lambda; `inf` for none, and then a violation that lasts overflows it within a few steps
+            (d lambda / dt grows as lambda squared).
         min_multiplier: floor of lambda; a hair above 0 for none. A departure: the published dual has no floor.
 
     Source: Dai et al. 2023, arXiv:2310.12773, section 3.4 and appendix B.
@@ -32,6 +35,7 @@ class Lagrangian:
     def __init__(
         self,
         limit: float,
+        margin: NonNegative,
         init: Positive,
         lr: Positive,
         window: Count,
@@ -44,7 +48,7 @@ class Lagrangian:
                 f"multiplier starts at {init}, outside [{min_multiplier}, {max_multiplier}]; "
                 "change init, min_multiplier or max_multiplier"
             )
-        self.limit, self.lr, self.delay = limit, lr, delay
+        self.limit, self.margin, self.lr, self.delay = limit, margin, lr, delay
         self.bounds = math.log(min_multiplier), math.log(max_multiplier)
         self.log_multiplier = math.log(init)
         self.recent: deque[float] = deque(maxlen=window)
@@ -56,7 +60,7 @@ class Lagrangian:
 
     def step(self, cost: Tensor) -> Metrics:
         self.recent.extend(cost.tolist())
-        violation = sum(self.recent) / len(self.recent) - self.limit
+        violation = sum(self.recent) / len(self.recent) - (self.limit - self.margin)
         if self.iterations >= self.delay:
             low, high = self.bounds
             ascended = self.log_multiplier + self.lr * self.multiplier * violation

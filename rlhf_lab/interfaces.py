@@ -17,7 +17,10 @@ class Stateful(Protocol):
 
 
 class OfflineAlgorithm(Protocol):
-    """A method that learns from a data set: hyper-parameters as fields, mathematics as methods; no weights, tokens, device or config."""
+    """A method that learns from a data set.
+
+    Hyper-parameters are its fields and mathematics its methods; it has no weights, tokens, device or config.
+    """
 
     reads: ClassVar[str]  # which records of a data set it learns from: demonstrations, preferences, safety_pairs
 

@@ -104,7 +104,7 @@ class AdaptiveKL:
 
     Args:
         target: nats per response.
-        horizon: responses over which an error of 1 doubles the coefficient, about.
+        horizon: responses over which an error of e multiplies the coefficient by exp(e), about.
         clip: largest relative error that counts.
         estimator: which estimate of the KL is controlled.
 
@@ -112,7 +112,8 @@ class AdaptiveKL:
     """
 
     def __init__(self, target: Positive, horizon: Count, clip: Fraction, estimator: KLEstimator) -> None:
-        self.target, self.horizon, self.clip, self.estimator = target, horizon, clip, estimator
+        self.target, self.horizon, self.clip = target, horizon, clip
+        self.estimator: KLEstimator = estimator
         self.factor = 1.0
 
     def step(self, logprobs: Tensor, ref_logprobs: Tensor) -> None:

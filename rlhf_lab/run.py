@@ -12,10 +12,12 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from importlib import metadata
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
 
@@ -33,6 +35,10 @@ from rlhf_lab.interfaces import Tracker
 from rlhf_lab.types import Metrics
 
 KEPT_CHECKPOINTS = 2
+PREAMBLE = {
+    *(".lock", "config.yaml", "overrides.yaml", "environment.json", "status.json", "error.txt", "warnings.jsonl"),
+    *("tracker.json", "wandb"),
+}
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "hydra-core", "omegaconf", "numpy", "safetensors")
 
 
@@ -90,11 +96,12 @@ class Run:
     checkpoint, and what was logged after that checkpoint is taken back, so every step stands in the log once.
     """
 
-    def __init__(self, directory: Path, *, seed: int, tracker: Tracker, console: Console, lock: TextIO) -> None:
+    def __init__(self, directory: Path, *, seed: int, tracker: Tracker, console: Console, lock: FileIO) -> None:
         self.directory, self.seed, self.tracker, self.console = directory, seed, tracker, console
         self._lock = lock
         self._started = time.time()
         self.last: Metrics = {}
+        self._warned: list[str] = []  # lines of warnings.jsonl from this process
 
     @classmethod
     def open(
@@ -114,7 +121,7 @@ class Run:
         """
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            lock = (directory / ".lock").open("a+")
+            lock = (directory / ".lock").open("ab+", buffering=0)  # a full disk must not fail its closing
         except OSError as error:
             raise RunRefused(
                 f"cannot write to {directory}: {error.strerror}; choose another place with runs_dir="
@@ -123,15 +130,14 @@ class Run:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             lock.seek(0)
-            holder = lock.read().strip() or "another process"
+            holder = lock.read().decode().strip() or "another process"
             raise RunRefused(
                 f"{directory} is in use by {holder}; wait for it, or give this run a name of its own with name="
             ) from error
         run = cls(directory, seed=int(config["seed"]), tracker=tracker, console=console, lock=lock)
         try:
             lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}\n")
-            lock.flush()
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}\n".encode())
             frozen = directory / "config.yaml"
             if frozen.exists():
                 changed = list(difference(yaml.safe_load(frozen.read_text()), config))
@@ -187,10 +193,21 @@ class Run:
         self._status("finished", metrics=metrics)
         shutil.rmtree(self.directory / "checkpoints", ignore_errors=True)
 
-    def fail(self, error: BaseException) -> None:
-        """Note why the run stopped, if the disk still takes it."""
+    def note_failure(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """As the end of a `with` block: why the run stopped, the traceback in error.txt, if the disk still takes it."""
+        if error is None:
+            (self.directory / "error.txt").unlink(missing_ok=True)
+            return
         with contextlib.suppress(OSError):
             self._status("failed", error=f"{type(error).__name__}: {error}")
+        with contextlib.suppress(OSError):
+            write_atomically(self.directory / "error.txt", "".join(traceback.format_exception(error)))
+
+    def withdraw(self) -> None:
+        """Remove a directory in which nothing was measured or made, so that the mended command finds its name free."""
+        made = {path.name for path in self.directory.iterdir() if path.is_dir() or path.stat().st_size}
+        if made <= PREAMBLE:
+            shutil.rmtree(self.directory)
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Append one step's metrics to metrics.jsonl, flushed to disk, and pass them to the tracker."""
@@ -205,8 +222,10 @@ class Run:
     def warn(self, step: int, message: str) -> None:
         """One loud line on the console, and in warnings.jsonl."""
         self.console.warn(f"step {step}: {message}")
+        line = json.dumps({"step": step, "message": message})
+        self._warned.append(line)
         with (self.directory / "warnings.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, "message": message}) + "\n")
+            file.write(line + "\n")
 
     def write_rows(self, relative: str, rows: list[dict[str, Any]]) -> None:
         """Write a table of samples as JSON lines, whole or not at all."""
@@ -253,8 +272,10 @@ class Run:
         for name in ("metrics.jsonl", "warnings.jsonl"):
             path = self.directory / name
             if path.exists():
-                kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-                write_atomically(path, "".join(line + "\n" for line in kept))
+                # what was said of the data just now, before resuming, stays, and stands there once
+                new = self._warned if name == "warnings.jsonl" else []
+                kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step and line not in new]
+                write_atomically(path, "".join(line + "\n" for line in [*kept, *new]))
         for table in (self.directory / "samples").glob("step_*.jsonl"):
             if int(table.stem.removeprefix("step_")) > step:
                 table.unlink()

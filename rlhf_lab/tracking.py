@@ -1,6 +1,8 @@
 """Mirrors of the metrics outside the run directory; the directory itself never depends on them."""
 
 import json
+import os
+import secrets
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +26,8 @@ class WandbTracker:
     """
 
     def __init__(self, project: str, mode: Literal["offline", "online"]) -> None:
-        self.project, self.mode = project, mode
+        self.project = project
+        self.mode: Literal["offline", "online"] = mode
 
     def start(self, directory: Path, config: dict[str, Any]) -> None:
         """Open or continue the W&B run whose id is kept in tracker.json.
@@ -32,8 +35,6 @@ class WandbTracker:
         Raises:
             ValueError: wandb is not installed, or online without a key.
         """
-        import os
-
         try:
             import wandb
         except ImportError as error:
@@ -41,7 +42,7 @@ class WandbTracker:
         if self.mode == "online" and not os.environ.get("WANDB_API_KEY"):
             raise ValueError("tracker.mode=online needs WANDB_API_KEY in the environment; or use tracker.mode=offline")
         kept = directory / "tracker.json"
-        known = json.loads(kept.read_text())["id"] if kept.exists() else wandb.util.generate_id()
+        known = json.loads(kept.read_text())["id"] if kept.exists() else secrets.token_hex(4)
         write_atomically(kept, json.dumps({"id": known}))
         self._run = wandb.init(
             project=self.project,

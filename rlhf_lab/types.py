@@ -1,7 +1,7 @@
 """The data that flows. Row i is row i in every field of every type, from the prompt to the last table.
 
-    PromptBatch -generate-> Rollout -score-> ScoredRollout -prepare-> Experience -forward, loss-> [Term] -learner-> metrics
-    record -tokenise-> TextBatch | PairBatch | SafetyPairBatch --------------(offline: straight to forward, loss)-->
+    PromptBatch -generate-> Rollout -score-> ScoredRollout -prepare-> Experience -forward, loss-> [Term] -learner->
+    record -tokenise-> TextBatch | PairBatch | SafetyPairBatch ------(offline: straight to forward, loss)-->
 
 Shapes: B rows, P prompt positions (padded left), T response positions (padded right), M ensemble members.
 """

@@ -16,6 +16,9 @@ class PPOLagrangian:
     """Maximise E[reward] - beta KL(policy || reference) subject to E[cost_j] <= limit_j for every constraint j.
 
     One critic for the reward and one for each cost; A = (A_R - sum_j lambda_j A_Cj) / (1 + sum_j lambda_j).
+    The penalty is outside that quotient, as published: a nat costs beta whatever the prices, beside a reward that they
+    divide. In units of the reward it costs beta (1 + sum_j lambda_j), so prices that rise also hold the policy closer
+    to the reference.
     """
 
     objective: Objective
@@ -33,6 +36,8 @@ class PPOLagrangian:
     def __post_init__(self) -> None:
         if not self.constraints:
             raise ValueError("algorithm=ppo_lag needs a constraint; choose one (constraint=mean_cost) or algorithm=ppo")
+        if "reward" in self.constraints:
+            raise ValueError("a constraint named 'reward' would share the reward's critic; rename that cost stream")
 
     @property
     def critics(self) -> tuple[str, ...]:

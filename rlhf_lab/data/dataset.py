@@ -34,9 +34,10 @@ class Dataset:
         bad_rows: "error" refuses a data set with empty, duplicate or overlong rows; "drop" drops and counts them.
         train_size: records of a training split; null for all. The embedded world needs a number.
         train_split: the name of the training split.
-        eval_splits: held-out splits, evaluated apart and never blended.
+        eval_splits: held-out splits, evaluated apart and never blended; null for every split but the training one.
         eval_size: records of each.
-        hold_out: share of the prompts of a data set with a single split that becomes its split "test".
+        hold_out: share of the prompts of a data set with a single split that becomes its held-out split: the first of
+            eval_splits, "test" if that is null.
         seed: of what is drawn: the embedded world's records, or the subset of a larger table.
     """
 
@@ -52,20 +53,24 @@ class Dataset:
         bad_rows: BadRows,
         train_size: Count | None,
         train_split: str,
-        eval_splits: Sequence[str],
+        eval_splits: Sequence[str] | None,
         eval_size: Count,
         hold_out: Fraction,
         seed: int,
     ) -> None:
         self.path, self.revision, self.columns, self.template_style = path, revision, dict(columns), template
         self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
-        self.bad_rows, self.train_size, self.train_split = bad_rows, train_size, train_split
-        self.eval_splits, self.eval_size, self.hold_out_share = tuple(eval_splits), eval_size, hold_out
+        self.bad_rows: BadRows = bad_rows
+        self.train_size, self.train_split = train_size, train_split
+        self.eval_splits = None if eval_splits is None else tuple(eval_splits)
+        self.eval_size, self.hold_out_share = eval_size, hold_out
         self.seed = seed
         self.notes: list[str] = []
         self._splits: dict[str, Rows] | None = None
         if self.is_world and train_size is None:
             raise ValueError("dataset.train_size is null, but the embedded world has no end; give a number")
+        if self.is_world and eval_splits is None:
+            raise ValueError("dataset.eval_splits is null, but the embedded world does not list its splits; name them")
 
     @property
     def is_world(self) -> bool:
@@ -92,10 +97,15 @@ class Dataset:
             ValueError: a named one is not there.
         """
         if self.is_world:
-            return self.eval_splits
+            return self.eval_splits or ()
         there = self._tables()
+        if self.eval_splits is None:
+            return tuple(split for split in there if split != self.train_split)
         if missing := [split for split in self.eval_splits if split not in there]:
-            raise ValueError(f"{self.path} has the splits {sorted(there)}, not {missing}; change dataset.eval_splits")
+            raise ValueError(
+                f"{self.path} has the splits {sorted(there)}, not {missing}; change dataset.eval_splits "
+                "(null: every split but the training one)"
+            )
         return self.eval_splits
 
     def prompts(self, split: str, template: Template) -> list[Prompt]:
@@ -104,7 +114,7 @@ class Dataset:
             drawn = tiny_help.sample_prompts(split, self._size(split), self._seed(split))
             return self._fitting([(p, ()) for p in drawn], split, template, unique=True)[0]
         rows = self._rows(split, ["prompt"], "a run on prompts")
-        prompts = [(prompt_of(row[self._column("prompt")] or ""), ()) for row in rows]
+        prompts = [(prompt, ()) for prompt in self._prompts(rows, split)]
         return self._fitting(prompts, split, template, unique=True)[0]
 
     def demonstrations(self, split: str, template: Template) -> list[Demonstration]:
@@ -115,7 +125,8 @@ class Dataset:
             pairs = [(record.prompt, (record.response,)) for record in drawn]
         else:
             rows = self._rows(split, ["prompt", "response"], "supervised fine-tuning")
-            pairs = [(prompt_of(row[self._column("prompt")] or ""), self._texts(row, "response")) for row in rows]
+            texts = [self._texts(row, "response") for row in rows]
+            pairs = list(zip(self._prompts(rows, split), texts, strict=True))
         prompts, texts, _ = self._fitting(pairs, split, template, unique=False)
         return [Demonstration(prompt=p, response=t[0]) for p, t in zip(prompts, texts, strict=True)]
 
@@ -127,14 +138,12 @@ class Dataset:
         if not sided and not {self._column(name) for name in wanted} <= rows[0].keys():
             raise ValueError(
                 f"{self._name(split)} has the columns {sorted(rows[0])}, but a reward model needs 'chosen' and "
-                "'rejected', or 'response_0', 'response_1' and 'better'; map them with dataset.columns.chosen=<column> …"
+                "'rejected', or 'response_0', 'response_1' and 'better'; map them: dataset.columns.chosen=<column> …"
             )
-        pairs = []
-        for row in rows:
+        pairs: list[tuple[Prompt, tuple[str, ...]]] = []
+        for i, (prompt, row) in enumerate(zip(self._prompts(rows, split), rows, strict=True)):
             texts = self._texts(row, *wanted[:2])
-            if not sided and int(row[self._column("better")]) == 1:
-                texts = texts[::-1]
-            pairs.append((prompt_of(row[self._column("prompt")] or ""), texts))
+            pairs.append((prompt, texts if sided or self._label(row, "better", split, i) == 0 else texts[::-1]))
         prompts, texts, kept = self._fitting(pairs, split, template, unique=False)
         margins = [float(rows[i].get(self._column("margin")) or 0.0) for i in kept]
         return [
@@ -150,14 +159,12 @@ class Dataset:
         """
         wanted = ["prompt", "response_0", "response_1", "safer", "safe_0", "safe_1"]
         rows = self._rows(split, wanted, "a cost model")
-        pairs = [
-            (prompt_of(row[self._column("prompt")] or ""), self._texts(row, "response_0", "response_1")) for row in rows
-        ]
+        sides = [self._texts(row, "response_0", "response_1") for row in rows]
+        pairs = list(zip(self._prompts(rows, split), sides, strict=True))
         prompts, texts, kept = self._fitting(pairs, split, template, unique=False)
         records: list[SafetyPair] = []
         for prompt, both, i in zip(prompts, texts, kept, strict=True):
-            safer = int(rows[i][self._column("safer")])
-            safe = [bool(rows[i][self._column(f"safe_{side}")]) for side in (0, 1)]
+            safer, *safe = (self._label(rows[i], name, split, i) for name in ("safer", "safe_0", "safe_1"))
             records.append(
                 SafetyPair(
                     prompt=prompt,
@@ -174,17 +181,33 @@ class Dataset:
         wanted = ["prompt", "response_0", "response_1", f"{column}_0", f"{column}_1"]
         rows = self._rows(split, wanted, f"calibration on {column}")
         return [
-            (prompt_of(row[self._column("prompt")]), row[self._column(f"response_{side}")],
-             float(row[self._column(f"{column}_{side}")]))
-            for row in rows
+            (prompt, row[self._column(f"response_{side}")], float(row[self._column(f"{column}_{side}")]))
+            for prompt, row in zip(self._prompts(rows, split), rows, strict=True)
             for side in (0, 1)
-        ]  # fmt: skip
+        ]
 
     def _column(self, name: str) -> str:
         return self.columns.get(name, name)
 
     def _texts(self, row: Mapping[str, Any], *names: str) -> tuple[str, ...]:
         return tuple(str(row[self._column(name)] or "") for name in names)
+
+    def _prompts(self, rows: Rows, split: str) -> list[Prompt]:
+        prompts: list[Prompt] = []
+        for i, row in enumerate(rows):
+            value = row[self._column("prompt")]
+            try:
+                prompts.append(prompt_of("" if value is None or value == [] else value))
+            except ValueError as error:
+                raise ValueError(f"{self._name(split)}, row {i}: {error}") from error
+        return prompts
+
+    def _label(self, row: Mapping[str, Any], name: str, split: str, i: int) -> int:
+        """A label that is 0 or 1, or false or true; a text that merely looks like one may mean anything."""
+        value = row[self._column(name)]
+        if value not in (0, 1) or isinstance(value, str):
+            raise ValueError(f"{self._name(split)}, row {i}: {self._column(name)} is {value!r}; expected 0 or 1")
+        return int(value)
 
     def _name(self, split: str) -> str:
         return f"{self.path} ({split})"
@@ -198,10 +221,16 @@ class Dataset:
     def _tables(self) -> dict[str, Rows]:
         if self._splits is None:
             tables = read_splits(self.path, self.revision)
-            if len(tables) == 1 and self.hold_out_share and self.eval_splits:
+            wanted = ("test",) if self.eval_splits is None else self.eval_splits
+            if len(tables) == 1 and self.hold_out_share and wanted and wanted[0] not in tables:
                 [(only, rows)] = tables.items()
                 kept, held = hold_out(rows, self._column("prompt"), self.hold_out_share)
-                tables = {only: kept, self.eval_splits[0]: held} if held else {only: rows}
+                if held:
+                    tables = {only: kept, wanted[0]: held}
+                    self.notes.append(
+                        f"{self.path} has one split: of {len(rows)} rows {len(held)} are held out as {wanted[0]!r}, "
+                        "by a hash of their prompts (dataset.hold_out)"
+                    )
             self._splits = tables
         return self._splits
 

@@ -1,19 +1,82 @@
 """Local files, folders and hub data sets -> rows with known columns; what is missing or bad is said before any work."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
+import pyarrow as pa
+from pyarrow import csv, ipc, parquet
 
 from rlhf_lab.records import Message, Prompt
 
-datasets.disable_progress_bars()
-
-SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 BadRows = Literal["error", "drop"]
 Rows = list[dict[str, Any]]
+
+
+def _read_jsonl(file: Path) -> Rows:
+    rows: Rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number} is not JSON ({error.msg})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} is not an object of columns, but {line[:40]}")
+        rows.append(row)
+    return rows
+
+
+def _read_json(file: Path) -> Rows:
+    """One list of objects; or, as many do, JSON lines under this name."""
+    if not (text := file.read_text(encoding="utf-8")).lstrip().startswith("["):
+        return _read_jsonl(file)
+    rows = json.loads(text)
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("it is not a list of objects")
+    return rows
+
+
+def _read_arrow(file: Path) -> Rows:
+    """The stream that `datasets` writes, or Arrow's file format."""
+    with pa.memory_map(str(file)) as source:
+        try:
+            return ipc.open_stream(source).read_all().to_pylist()
+        except pa.ArrowInvalid:
+            return ipc.open_file(source).read_all().to_pylist()
+
+
+_CSV = csv.ParseOptions(newlines_in_values=True)
+_READERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": lambda file: csv.read_csv(file, parse_options=_CSV).to_pylist(),
+    ".parquet": lambda file: parquet.read_table(file).to_pylist(),
+    ".arrow": _read_arrow,
+}
+SUFFIXES = tuple(_READERS)
+
+
+def read_table(file: Path) -> Rows:
+    """The rows of a file of a kind that its name says; an empty file has none.
+
+    Raises:
+        ValueError: it cannot be read as what its name says.
+    """
+    if file.stat().st_size == 0:
+        return []
+    try:
+        return _READERS[file.suffix](file)
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise ValueError(f"{file} cannot be read as {file.suffix}: {str(error).splitlines()[0]}") from error
+
+
+def write_table(rows: Rows, file: Path) -> None:
+    """Write rows as a parquet file."""
+    parquet.write_table(pa.Table.from_pylist(rows), file)
 
 
 def check_table(path: str) -> None:
@@ -26,7 +89,7 @@ def check_table(path: str) -> None:
     if place.is_file() and place.suffix not in SUFFIXES:
         raise ValueError(f"dataset.path={path}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
     if not place.exists() and (path.startswith(("/", ".", "~")) or place.suffix in SUFFIXES or path.count("/") != 1):
-        raise ValueError(f"dataset.path={path}: no such file or folder; give a file, a folder, or a hub id (owner/name)")
+        raise ValueError(f"dataset.path={path}: no such file or folder; give one, or a hub id (owner/name)")
     if place.is_dir() and not _split_files(place):
         raise ValueError(f"dataset.path={path}: the folder holds no file of the kinds {', '.join(SUFFIXES)}")
 
@@ -54,34 +117,41 @@ def read_splits(path: str, revision: str | None) -> dict[str, Rows]:
     elif place.is_dir():
         files = _split_files(place)
     else:
-        loaded = datasets.load_dataset(path, revision=revision, trust_remote_code=False)
-        return {str(split): [dict(row) for row in rows] for split, rows in loaded.items()}
+        return _from_hub(path, revision)
+    return {split: [row for part in parts for row in read_table(part)] for split, parts in files.items()}
+
+
+def _from_hub(path: str, revision: str | None) -> dict[str, Rows]:
+    import datasets  # half a second, which local files need not pay
+    from datasets.exceptions import DatasetsError
+
+    datasets.disable_progress_bars()
     try:
-        return {split: _read(parts) for split, parts in files.items()}
-    except (datasets.exceptions.DatasetGenerationError, OSError) as error:
-        cause = error.__cause__ or error
-        raise ValueError(f"dataset.path={path} cannot be read: {str(cause).splitlines()[0]}") from error
-
-
-def _read(files: Sequence[Path]) -> Rows:
-    rows: Rows = []
-    for file in files:
-        if file.stat().st_size == 0:
-            continue
-        kind = SUFFIXES[file.suffix]
-        table = datasets.load_dataset(kind, data_files=str(file), split="train", keep_in_memory=True)
-        rows += [dict(row) for row in table]
-    return rows
+        loaded = datasets.load_dataset(path, revision=revision)
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"dataset.path={path}: no such file or folder here, and not from the hub: {reason}") from error
+    return {str(split): [dict(row) for row in rows] for split, rows in loaded.items()}
 
 
 def hold_out(rows: Rows, prompt_column: str, share: float) -> tuple[Rows, Rows]:
-    """Split rows by a hash of their prompt: (the rest, about `share` of the prompts). A prompt is on one side only."""
-    kept: Rows = []
-    held: Rows = []
-    for row in rows:
-        digest = hashlib.sha256(f"hold out {row.get(prompt_column)}".encode()).digest()
-        (held if int.from_bytes(digest[:4], "big") < share * 2**32 else kept).append(row)
+    """Split rows by a hash of their prompt: (the rest, about `share` of the prompts, at least one of several).
+
+    A prompt is on one side only, and stays there when rows are added or their order changes.
+    """
+    places = [_place(row.get(prompt_column)) for row in rows]
+    if len(set(places)) < 2:
+        return rows, []
+    border = max(share, min(places))
+    held = [row for row, place in zip(rows, places, strict=True) if place <= border]
+    kept = [row for row, place in zip(rows, places, strict=True) if place > border]
     return kept, held
+
+
+def _place(prompt: Any) -> float:
+    """A number in [0, 1) that a prompt has by its content."""
+    digest = hashlib.sha256(f"hold out {prompt}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32
 
 
 def need(rows: Rows, columns: Mapping[str, str], wanted: Sequence[str], source: str, purpose: str) -> None:
@@ -104,18 +174,27 @@ def need(rows: Rows, columns: Mapping[str, str], wanted: Sequence[str], source: 
 
 
 def prompt_of(value: Any) -> Prompt:
-    """A string (one user turn), a list of strings (turns, the user's first), or a list of role/content messages."""
+    """A string (one user turn), a list of strings (turns, the user's first), or a list of role/content messages.
+
+    Raises:
+        ValueError: it is none of these, or the user does not have the last word.
+    """
     if isinstance(value, str):
         return Prompt.from_text(value)
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"a prompt is {value!r}; expected a text, a list of texts, or a list of messages")
     roles = ("user", "assistant")
-    return Prompt.from_messages(
-        [
-            Message(role=turn["role"], content=turn["content"])
-            if isinstance(turn, Mapping)
-            else Message(role=roles[i % 2], content=str(turn))
-            for i, turn in enumerate(value)
-        ]
-    )
+    turns: list[Message] = []
+    for i, turn in enumerate(value):
+        if isinstance(turn, str):
+            turns.append(Message(role=roles[i % 2], content=turn))
+        elif isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str):
+            turns.append(Message(role=turn["role"], content=turn["content"]))
+        else:
+            raise ValueError(f"a turn of a conversation is {turn!r}; expected a text, or its role and its content")
+    if not turns or turns[-1]["role"] != "user":
+        raise ValueError(f"a conversation ends with {turns[-1]['role'] if turns else 'nothing'}; the user speaks last")
+    return Prompt.from_messages(turns)
 
 
 class RowFilter:
@@ -140,7 +219,7 @@ class RowFilter:
         found = "; ".join(f"{len(rows)} with {reason} (first: row {rows[0]})" for reason, rows in self.reasons.items())
         dropped = sum(map(len, self.reasons.values()))
         if self.policy == "error":
-            raise ValueError(f"{self.source}: {found}, of {total} rows; mend them, or drop them with dataset.bad_rows=drop")
+            raise ValueError(f"{self.source}: {found}, of {total} rows; mend or drop them (dataset.bad_rows=drop)")
         if dropped == total:
             raise ValueError(f"{self.source}: no row is left of {total}: {found}")
         return f"{self.source}: dropped {dropped} of {total} rows: {found}"

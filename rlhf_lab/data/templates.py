@@ -1,12 +1,15 @@
 """How a conversation becomes tokens: the prompt up to where the model speaks, and the response with its EOS."""
 
-from typing import Literal
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from rlhf_lab.records import Message, Prompt
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Style = Literal["auto", "chat", "dialogue", "safe_rlhf"]
+
+_PROBE = Prompt.from_text("How do I bake 1,024 crêpes (in  Paris)?\nIt's for the children's party: flour, milk, salt …")
 
 
 def _dialogue(messages: tuple[Message, ...]) -> str:
@@ -14,10 +17,15 @@ def _dialogue(messages: tuple[Message, ...]) -> str:
     return f"{turns}Assistant:"
 
 
-def _safe_rlhf(messages: tuple[Message, ...]) -> str:
+def _safe_rlhf(messages: tuple[Message, ...], eos: str) -> str:
     """Source: the fixed template of the Safe RLHF release, for models that were trained with it."""
-    spoken = {"user": "USER: {} ASSISTANT:", "assistant": "{}"}
-    return "BEGINNING OF CONVERSATION: " + "".join(spoken[turn["role"]].format(turn["content"]) for turn in messages)
+    if unknown := sorted({message["role"] for message in messages} - {"user", "assistant"}):
+        raise ValueError(
+            f"dataset.template=safe_rlhf knows the roles user and assistant, found {unknown[0]}; "
+            "use dataset.template=dialogue"
+        )
+    turns = (f"USER: {m['content']} ASSISTANT:" if m["role"] == "user" else m["content"] + eos for m in messages)
+    return "BEGINNING OF CONVERSATION: " + "".join(turns)
 
 
 class Template:
@@ -31,7 +39,7 @@ class Template:
         ValueError: "chat" for a tokenizer without a chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, style: Style) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", style: Style) -> None:
         has_template = bool(tokenizer.chat_template)
         if style == "chat" and not has_template:
             raise ValueError(
@@ -39,18 +47,19 @@ class Template:
                 "use dataset.template=dialogue"
             )
         self.tokenizer = tokenizer
-        self.style = ("chat" if has_template else "dialogue") if style == "auto" else style
-        self.eos: int = tokenizer.eos_token_id
-        self.pad: int = tokenizer.pad_token_id
+        self.style: Style = ("chat" if has_template else "dialogue") if style == "auto" else style
+        self.eos = cast(int, tokenizer.eos_token_id)
+        self.pad = cast(int, tokenizer.pad_token_id)
 
     def prompt_tokens(self, prompt: Prompt) -> list[int]:
         """The conversation up to the point where the response begins."""
         if self.style == "chat":
-            text = self.tokenizer.apply_chat_template(
-                list(prompt.messages), tokenize=False, add_generation_prompt=True
-            )
-            return self.tokenizer(text, add_special_tokens=False).input_ids
-        written = _dialogue(prompt.messages) if self.style == "dialogue" else _safe_rlhf(prompt.messages)
+            messages: list[Any] = list(prompt.messages)
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return self.tokenizer(cast(str, text), add_special_tokens=False).input_ids
+        dialogue = self.style == "dialogue"
+        eos = str(self.tokenizer.eos_token)
+        written = _dialogue(prompt.messages) if dialogue else _safe_rlhf(prompt.messages, eos)
         tokens = self.tokenizer(written).input_ids  # with the BOS of tokenizers that have one
         return tokens[:-1] if tokens[-1] == self.eos else tokens
 
@@ -60,7 +69,7 @@ class Template:
 
     def text(self, tokens: list[int]) -> str:
         """What a person reads of response tokens."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        return cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
     def writes_like(self, other: "Template") -> bool:
         """Whether both turn the same conversation into the same tokens."""
@@ -71,4 +80,7 @@ class Template:
             and type(mine) is type(theirs)
             and mine.chat_template == theirs.chat_template
             and mine.get_vocab() == theirs.get_vocab()
+            # merges, normalisation and BOS are settings of the tokenizer's own; see them at work
+            and self.prompt_tokens(_PROBE) == other.prompt_tokens(_PROBE)
+            and self.response_tokens(_PROBE.request) == other.response_tokens(_PROBE.request)
         )

@@ -14,12 +14,12 @@ import difflib
 import hashlib
 import random
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
 
 from rlhf_lab.data.tiny_help_gold import Request, cost, helpfulness, humour, parse_request
 from rlhf_lab.data.tiny_help_world import (
@@ -43,6 +43,9 @@ from rlhf_lab.data.tiny_help_world import (
     vocabulary,
 )
 from rlhf_lab.records import Demonstration, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 __all__ = ["SPLITS", "build_tokenizer", "cost", "demonstrations", "helpfulness", "humour", "sample_prompts"]
 
@@ -104,7 +107,7 @@ SPLITS = {
 }
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer() -> "PreTrainedTokenizerFast":
     """A word-level tokenizer of the world's vocabulary; padding is on the left, and decoding inverts encoding exactly.
 
     The chat template reads "user : {content} bot :", then " {content}<eos>" for the response. No token is added outside
@@ -114,7 +117,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     words = [*special.values(), *vocabulary()]
     backend = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token=special["unk_token"]))
     backend.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         padding_side="left",
         model_max_length=128,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 TENSORS, TREE, HASHES = "tensors.safetensors", "tree.json", "sha256.json"
@@ -51,11 +52,16 @@ def _flush(path: Path) -> None:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Give a finished folder its name: files and folder flushed to disk, then one rename."""
+    """Give a finished folder its name: files and folder flushed to disk, then one rename.
+
+    A folder that has the name already goes last, when nothing can fail any more but the machine.
+    """
     for entry in temporary.rglob("*"):
         if entry.is_file():
             _flush(entry)
     _flush(temporary)
+    if final.exists():
+        shutil.rmtree(final)
     os.replace(temporary, final)
     _flush(final.parent)
 
@@ -109,9 +115,9 @@ def save_tree(folder: Path, tree: dict[str, Any]) -> None:
         (temporary / TREE).write_text(spelled)
         hashes = {name: sha256(temporary / name) for name in (TENSORS, TREE)}
         (temporary / HASHES).write_text(json.dumps(hashes))
-        if folder.exists():
-            shutil.rmtree(folder)
         publish(temporary, folder)
+    except SafetensorError as error:  # which is what a full disk is to safetensors
+        raise OSError(f"{folder} cannot be written: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -124,12 +130,12 @@ def load_tree(folder: Path) -> dict[str, Any]:
     """
     try:
         hashes = json.loads((folder / HASHES).read_text())
-        for name in (TENSORS, TREE):
-            if sha256(folder / name) != hashes[name]:
-                raise DamagedCheckpoint(f"{folder / name} does not match the hash that was saved with it")
-        return _attach(json.loads((folder / TREE).read_text()), load_file(folder / TENSORS))
-    except (FileNotFoundError, KeyError, json.JSONDecodeError) as error:
+        found = {name: sha256(folder / name) for name in (TENSORS, TREE)}
+    except (FileNotFoundError, ValueError) as error:  # ValueError: not JSON, not even text
         raise DamagedCheckpoint(f"{folder} is incomplete: {error}") from error
+    if hashes != found:
+        raise DamagedCheckpoint(f"the files of {folder} do not match the hashes that were saved with them")
+    return _attach(json.loads((folder / TREE).read_text()), load_file(folder / TENSORS))
 
 
 def checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:

@@ -1,17 +1,21 @@
 """Model x batch -> Forward: log-probabilities, values and scores at the positions that count; logits never leave."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from rlhf_lab.engine.models import Critics
 from rlhf_lab.types import PolicyForward, ScoreForward, Sequences
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LOGITS_AT_ONCE = 2**24  # entries of the float32 slice of logits that is alive at a time: 64 MiB
 
 
 def _inputs(sequences: Sequences) -> tuple[dict[str, Tensor], slice]:
-    """Model inputs without the columns that are padding in every row, and the response columns among T that are left."""
+    """Model inputs without the columns that are padding in every row, and which of the T response columns are left."""
     used = sequences.attention_mask.any(0).nonzero()
     first, last = int(used[0]), int(used[-1]) + 1
     inputs = {
@@ -29,11 +33,11 @@ def _widen(x: Tensor, mask: Tensor, width: int) -> Tensor:
     return padded
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probabilities of `tokens` and entropies of their distributions, in float32, a slice of rows at a time.
 
     Args:
-        logits: (B, T, V), already divided by the temperature.
+        logits: (B, T, V) in any precision; divided by the temperature in float32, as in sampling.
         tokens: (B, T) int64.
 
     Returns:
@@ -42,7 +46,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     rows = max(1, LOGITS_AT_ONCE // max(1, logits[0].numel()))
     chosen, entropies = [], []
     for part, picked in zip(logits.split(rows), tokens.split(rows), strict=True):
-        logprobs = part.float().log_softmax(-1)
+        logprobs = (part.float() / temperature).log_softmax(-1)
         chosen.append(logprobs.gather(-1, picked[..., None])[..., 0])
         with torch.no_grad():
             entropies.append(-(logprobs.exp() * logprobs).sum(-1))
@@ -50,7 +54,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def policy_forward(
-    model: PreTrainedModel, sequences: Sequences, *, temperature: float = 1.0, critics: Critics | None = None
+    model: "PreTrainedModel", sequences: Sequences, *, temperature: float = 1.0, critics: Critics | None = None
 ) -> PolicyForward:
     """Log-probability and entropy of each response token under `model` at `temperature`, and each critic's value."""
     inputs, columns = _inputs(sequences)
@@ -58,7 +62,7 @@ def policy_forward(
     width = sequences.response_mask.shape[1]
     tokens = sequences.tokens[:, sequences.prompt_width :][:, columns]
     logits = model(**inputs, use_cache=False, logits_to_keep=tokens.shape[1] + 1).logits[:, :-1]
-    logprobs, entropy = token_logprobs(logits / temperature, tokens)
+    logprobs, entropy = token_logprobs(logits, tokens, temperature)
     values = {} if critics is None else critic_values(critics, sequences)
     return PolicyForward(_widen(logprobs, mask, width), _widen(entropy, mask, width), values)
 
@@ -73,16 +77,16 @@ def critic_values(critics: Critics, sequences: Sequences) -> dict[str, Tensor]:
     return {name: _widen(values[..., k], mask, width) for k, name in enumerate(critics.names)}
 
 
-def raw_scores(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+def raw_scores(model: "PreTrainedModel", sequences: Sequences) -> Tensor:
     """(B,): a value model's output at the last real token of each row, found from the mask and never from pad ids."""
     inputs, _ = _inputs(sequences)
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
     mask = inputs["attention_mask"]
     last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
-    return model.score(hidden[torch.arange(len(hidden)), last]).float()[:, 0]
+    return model.get_submodule("score")(hidden[torch.arange(len(hidden)), last]).float()[:, 0]
 
 
-def pair_scores(model: PreTrainedModel, pair: tuple[Sequences, Sequences]) -> ScoreForward:
+def pair_scores(model: "PreTrainedModel", pair: tuple[Sequences, Sequences]) -> ScoreForward:
     """Raw scores of the two responses of each row."""
     first, second = pair
     return ScoreForward(raw_scores(model, first), raw_scores(model, second))

@@ -1,14 +1,18 @@
 """Sampling from a policy: prompts are read once and shared by their samples, finished responses leave the batch."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
 
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import join, positions
 from rlhf_lab.types import Count, Fraction, NonNegative, NonNegativeCount, PromptBatch, Rollout, batches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 COMPACT_BELOW = 0.75  # share of rows still alive at which the cache is worth copying
 
@@ -36,11 +40,12 @@ class Sampling:
         Raises:
             ValueError: the sampled distribution is not the learner's: its ratio and KL would be of another policy.
         """
-        if self.temperature == 0 or self.top_k or self.top_p < 1:
+        if self.temperature == 0 or self.top_k or self.top_p < 1 or self.min_new_tokens:
             raise ValueError(
                 "training samples must come from the policy that learns, found "
-                f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}; "
-                "use temperature > 0, top_k=0 and top_p=1 (evaluation may use its own)"
+                f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}, "
+                f"min_new_tokens={self.min_new_tokens}; use temperature > 0, top_k=0, top_p=1 and min_new_tokens=0 "
+                "(evaluation may use its own)"
             )
 
 
@@ -72,11 +77,12 @@ def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
 class Generator:
     """The built-in rollout engine. It reads the policy's own weights, so there is nothing to synchronise.
 
-    Args:
+    Attributes:
+        stops: the template's EOS and those of the model's generation_config.
         max_positions: what the model can address, prompt and response together.
     """
 
-    def __init__(self, model: PreTrainedModel, template: Template, sampling: Sampling) -> None:
+    def __init__(self, model: "PreTrainedModel", template: Template, sampling: Sampling) -> None:
         self.model, self.template, self.sampling = model, template, sampling
         own = getattr(model.generation_config, "eos_token_id", None)
         listed = own if isinstance(own, list) else [own] if own is not None else []
@@ -97,7 +103,8 @@ class Generator:
         if limit is not None and longest > limit:
             raise ValueError(
                 f"a prompt of {prompts.tokens.shape[1]} tokens and {self.sampling.max_new_tokens} new ones need "
-                f"{longest} positions, the model has {limit}; lower sampling.max_new_tokens or dataset.max_prompt_tokens"
+                f"{longest} positions, the model has {limit}; "
+                "lower sampling.max_new_tokens or dataset.max_prompt_tokens"
             )
         total, steps = len(prompts) * samples, self.sampling.max_new_tokens
         uniform = torch.rand(total, steps, generator=torch.Generator().manual_seed(seed))
@@ -139,7 +146,7 @@ class Generator:
         device, sampling = self.model.device, self.sampling
         used = int(prompt_mask.any(0).nonzero()[0])  # columns that are padding in every row of this batch
         prompts, prompt_mask = prompts[:, used:].to(device), prompt_mask[:, used:].to(device)
-        cache = DynamicCache(config=self.model.config)
+        cache = transformers.DynamicCache(config=self.model.config)
         logits = self.model(
             input_ids=prompts,
             attention_mask=prompt_mask,

@@ -116,9 +116,12 @@ class Learner:
             Each term's mean (averaged over optimiser steps), `grad_norm/<module>` before clipping, and `lr`.
 
         Raises:
+            ValueError: the rows of the first part do not divide into minibatches, or another part has too few.
             FloatingPointError: a loss or a gradient is not finite; the weights are as before this optimiser step.
         """
         count = minibatch_count(len(parts[0].batch), self.minibatch_size)
+        if (fewest := min(len(part.batch) for part in parts)) < count:
+            raise ValueError(f"a part of {fewest} rows cannot be cut into {count} minibatches; give it more rows")
         sums: dict[str, float] = {}
         for epoch in range(self.epochs):
             shuffling = generator(seed, "shuffle", epoch)

@@ -3,22 +3,18 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 from transformers import logging as transformers_logging
 
 from rlhf_lab.engine.tiny import TINY, tiny_policy, tiny_tokenizer
 from rlhf_lab.types import Count
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -81,7 +77,7 @@ def is_embedded(path: str) -> bool:
 def check_path(path: str, role: str, promised: Collection[str] = ()) -> None:
     """Refuse a model folder that is not there, or holds no safetensors, before anything is loaded.
 
-    `promised` paths are let pass: they will be there by then. A path that does not look like one (no leading `/`, `.` or `~`, at most one `/`) may be a hub id and is let pass.
+    `promised` paths are let pass: they will be there by then. So are absent ones that may be a hub id, owner/name.
 
     Raises:
         ValueError: naming the role, the path, and what is missing.
@@ -95,7 +91,9 @@ def check_path(path: str, role: str, promised: Collection[str] = ()) -> None:
     folder = Path(path).expanduser()
     if not folder.exists():
         if path.startswith(("/", ".", "~")) or path.count("/") != 1:
-            raise ValueError(f"{role}={path}: no such folder; give a Hugging Face model folder or a hub id (owner/name)")
+            raise ValueError(
+                f"{role}={path}: no such folder; give a Hugging Face model folder or a hub id (owner/name)"
+            )
         return
     if not (folder / "config.json").exists():
         raise ValueError(f"{role}={path}: no config.json there; it is not a Hugging Face model folder")
@@ -103,13 +101,17 @@ def check_path(path: str, role: str, promised: Collection[str] = ()) -> None:
         raise ValueError(f"{role}={path}: no *.safetensors there; other weight files (pickles) are not loaded")
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model; one without a pad token pads with its EOS, which masks make harmless.
 
     Raises:
         ValueError: it has no EOS token, so no response could end.
     """
-    tokenizer = tiny_tokenizer() if is_embedded(path) else AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    tokenizer = (
+        tiny_tokenizer()
+        if is_embedded(path)
+        else transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    )
     if tokenizer.eos_token is None:
         raise ValueError(f"the tokenizer of {path} has no EOS token; a response could never end")
     if tokenizer.pad_token is None:
@@ -121,37 +123,40 @@ def _options(dtype: torch.dtype) -> dict[str, Any]:
     return {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
 
 
-def load_policy(path: str, *, device: torch.device, dtype: str, seed: int) -> PreTrainedModel:
+def load_policy(path: str, *, device: torch.device, dtype: str, seed: int) -> "PreTrainedModel":
     """A causal language model in evaluation mode; `seed` initialises an embedded one."""
+    model: Any  # transformers wraps `to` in a way that type checkers cannot follow
     if is_embedded(path):
-        model = tiny_policy(seed).to(DTYPES[dtype])
+        model = tiny_policy(seed)
+        model = model.to(DTYPES[dtype])
     else:
-        model = AutoModelForCausalLM.from_pretrained(path, **_options(DTYPES[dtype]))
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, **_options(DTYPES[dtype]))
     return model.to(device).eval()
 
 
-def load_frozen(path: str, *, device: torch.device, dtype: str, seed: int) -> PreTrainedModel:
+def load_frozen(path: str, *, device: torch.device, dtype: str, seed: int) -> "PreTrainedModel":
     """A causal language model that does not learn."""
     return load_policy(path, device=device, dtype=dtype, seed=seed).requires_grad_(False)
 
 
-def new_scorer(path: str, pad_token_id: int, *, device: torch.device, dtype: str, seed: int) -> PreTrainedModel:
+def new_scorer(path: str, *, device: torch.device, dtype: str, seed: int) -> "PreTrainedModel":
     """A policy's trunk with a fresh scalar head: a one-label sequence classifier to be trained."""
     if is_embedded(path):
         raise ValueError(f"model.policy={path} has no trained trunk; name the folder of a trained policy")
     torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **_options(DTYPES[dtype]))
-    model.config.pad_token_id = pad_token_id
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        path, num_labels=1, **_options(DTYPES[dtype])
+    )
     return model.to(device)
 
 
-def load_scorer(path: str, *, device: torch.device, dtype: str) -> tuple[PreTrainedModel, Calibration]:
+def load_scorer(path: str, *, device: torch.device, dtype: str) -> tuple["PreTrainedModel", Calibration]:
     """A trained value model, frozen, with the calibration that its config carries.
 
     Raises:
         ValueError: it has more than one output.
     """
-    model = AutoModelForSequenceClassification.from_pretrained(path, **_options(DTYPES[dtype]))
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(path, **_options(DTYPES[dtype]))
     if model.config.num_labels != 1:
         raise ValueError(f"{path} has {model.config.num_labels} outputs; a reward or cost model has one")
     calibration = Calibration(**getattr(model.config, CALIBRATION, {}))
@@ -164,11 +169,11 @@ class Critics(nn.Module):
     The heads start at zero, so the first advantages are the returns themselves and no random value leaks into them.
     """
 
-    def __init__(self, trunk: PreTrainedModel, names: tuple[str, ...]) -> None:
+    def __init__(self, trunk: "PreTrainedModel", names: tuple[str, ...]) -> None:
         super().__init__()
         self.trunk, self.names = trunk, names
-        width = trunk.get_input_embeddings().weight.shape[1]
-        width = getattr(trunk.config, "word_embed_proj_dim", None) or trunk.config.hidden_size or width
+        # what the language-model head would read: as wide as the embeddings, also where the layers are wider (OPT)
+        width = cast(Tensor, trunk.get_input_embeddings().weight).shape[1]
         self.heads = nn.Linear(width, len(names), dtype=trunk.dtype)
         nn.init.zeros_(self.heads.weight)
         nn.init.zeros_(self.heads.bias)
@@ -176,19 +181,25 @@ class Critics(nn.Module):
 
 def load_critics(path: str, names: tuple[str, ...], *, device: torch.device, dtype: str, seed: int) -> Critics:
     """Value heads on the trunk of the model at `path`."""
+    trunk: Any
     if is_embedded(path):
-        trunk = tiny_policy(seed).model.to(DTYPES[dtype])
+        trunk = tiny_policy(seed).model
+        trunk = trunk.to(DTYPES[dtype])
     else:
-        trunk = AutoModel.from_pretrained(path, **_options(DTYPES[dtype]))
+        trunk = transformers.AutoModel.from_pretrained(path, **_options(DTYPES[dtype]))
     return Critics(trunk, names).to(device).eval()
 
 
 def save_model(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, calibration: Calibration | None = None
+    folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", calibration: Calibration | None = None
 ) -> None:
     """Write a folder that `AutoModelFor…` loads; a value model's calibration goes into its config.json."""
     if calibration is not None:
         setattr(model.config, CALIBRATION, dict(calibration.__dict__))
+        # AutoModelForSequenceClassification reads the score at the last token that is not a pad: were the EOS the pad,
+        # it would read one token early. Without a pad it reads the last token, and refuses more than one row.
+        shared = tokenizer.pad_token_id == tokenizer.eos_token_id
+        model.config.pad_token_id = None if shared else tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -204,10 +215,15 @@ def restore_parameters(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
     """Copy saved parameters into a module of the same shape.
 
     Raises:
-        ValueError: the names differ.
+        ValueError: the names or shapes differ.
     """
     own = parameters_of(module)
     if own.keys() != saved.keys():
         raise ValueError(f"the checkpoint holds other parameters; differing: {sorted(own.keys() ^ saved.keys())[:5]}")
+    if other := [name for name, tensor in own.items() if tensor.shape != saved[name].shape]:  # copy_ would broadcast
+        raise ValueError(
+            f"the checkpoint's {other[0]} has shape {tuple(saved[other[0]].shape)}, "
+            f"the module's {tuple(own[other[0]].shape)}"
+        )
     for name, tensor in own.items():
         tensor.copy_(saved[name])

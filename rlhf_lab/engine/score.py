@@ -1,18 +1,23 @@
 """Rollout -> ScoredRollout: every reward source, the reference and the critics, once and without gradient."""
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from rlhf_lab.engine.forward import critic_values, policy_forward
 from rlhf_lab.engine.models import Critics
 from rlhf_lab.interfaces import RewardSource
 from rlhf_lab.types import Rollout, ScoredRollout, Sequences
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def by_length(sequences: Sequences, tokens_at_once: int, device: torch.device, compute: Callable[[Sequences], Tensor]) -> Tensor:
+
+def by_length(
+    sequences: Sequences, tokens_at_once: int, device: torch.device, compute: Callable[[Sequences], Tensor]
+) -> Tensor:
     """Apply `compute` ((b, …) rows -> (b, …)) to rows of similar length together, within a token budget.
 
     Returns the results in the order of the rows, on the CPU.
@@ -24,7 +29,9 @@ def by_length(sequences: Sequences, tokens_at_once: int, device: torch.device, c
 
 
 def microbatches(lengths: Tensor, tokens_at_once: int) -> list[Tensor]:
-    """Split rows into groups of similar length whose padded size stays within the budget; a longer row stands alone.
+    """Split rows into groups of similar length, rows x longest within the budget; a longer row stands alone.
+
+    Prompts and responses are padded apart, so the columns can exceed the longest row, by a factor of two at worst.
 
     Args:
         lengths: (B,) int64, real tokens of each row.
@@ -48,7 +55,7 @@ class Scorer:
         self,
         *,
         rewards: Mapping[str, RewardSource],
-        reference: PreTrainedModel,
+        reference: "PreTrainedModel",
         critics: Critics | None,
         temperature: float,
         tokens_at_once: int,
@@ -77,4 +84,14 @@ class Scorer:
                 lambda part: policy_forward(self.reference, part, temperature=self.temperature).logprobs,
             ),
             values=values,
+        )
+
+    def without_critics(self, temperature: float) -> "Scorer":
+        """The same sources and reference for responses sampled at another temperature, to be measured only."""
+        return Scorer(
+            rewards=self.rewards,
+            reference=self.reference,
+            critics=None,
+            temperature=temperature,
+            tokens_at_once=self.tokens_at_once,
         )

@@ -1,19 +1,24 @@
 """The model that comes with the project: a two-layer Llama for the embedded task, 0.1 M parameters."""
 
+from typing import TYPE_CHECKING, cast
+
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+import transformers
 
 from rlhf_lab.data.tiny_help import build_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 TINY = "embedded:tiny"
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerBase:
+def tiny_tokenizer() -> "PreTrainedTokenizerBase":
     """The word-level tokenizer of the embedded task."""
     return build_tokenizer()
 
 
-def tiny_policy(seed: int) -> LlamaForCausalLM:
+def tiny_policy(seed: int) -> "LlamaForCausalLM":
     """The architecture with random weights.
 
     The initial scale matters more than the width here: 0.08 instead of the library's 0.02 takes the held-out loss
@@ -21,8 +26,8 @@ def tiny_policy(seed: int) -> LlamaForCausalLM:
     """
     tokenizer = tiny_tokenizer()
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=64,
             intermediate_size=128,
@@ -31,8 +36,8 @@ def tiny_policy(seed: int) -> LlamaForCausalLM:
             max_position_embeddings=128,
             initializer_range=0.08,
             tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=cast(int, tokenizer.pad_token_id),
+            bos_token_id=cast(int, tokenizer.bos_token_id),
+            eos_token_id=cast(int, tokenizer.eos_token_id),
         )
     )

@@ -73,6 +73,7 @@ class Evaluator:
                 key = f"eval/{split}/{name}" if name == "kl" else f"eval/{split}/{name}/mean"
                 metrics[key] = values.mean().item()
                 metrics[f"eval/{split}/{name}/ci95"] = half_width(values)
-            metrics |= {f"eval/{split}/{name}": value for name, value in completion_metrics(scored).items()}
+            lengths = completion_metrics(scored)
+            metrics |= {f"eval/{split}/{k}": v for k, v in lengths.items() if k.startswith("completions/")}
             rows += sample_rows(split, scored, gold)
         return metrics, rows

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
+import scipy
 import torch
-from scipy import stats
 from torch import Tensor
 
 from rlhf_lab.functional.kl import kl_estimate
@@ -14,7 +14,7 @@ def half_width(values: Tensor) -> float:
     """Half the width of the 95 % Student-t interval of a mean of independent values; infinite for one value."""
     if len(values) < 2:
         return float("inf")
-    return float(stats.t.ppf(0.975, len(values) - 1)) * values.double().std().item() / len(values) ** 0.5
+    return float(scipy.stats.t.ppf(0.975, len(values) - 1)) * values.double().std().item() / len(values) ** 0.5
 
 
 def score_metrics(scores: Mapping[str, Score], limits: Mapping[str, float]) -> Metrics:
@@ -41,9 +41,7 @@ def score_metrics(scores: Mapping[str, Score], limits: Mapping[str, float]) -> M
 def kl_metrics(scored: ScoredRollout) -> Metrics:
     """Every estimate of KL(policy || reference), in nats per response: a sum over its tokens, a mean over responses."""
     logprobs, reference = scored.logprobs, scored.ref_logprobs
-    return {
-        f"kl/{name}": kl_estimate(logprobs, reference, name).sum(1).mean().item() for name in ("k1", "k2", "k3")
-    }
+    return {f"kl/{name}": kl_estimate(logprobs, reference, name).sum(1).mean().item() for name in ("k1", "k2", "k3")}
 
 
 def completion_metrics(scored: ScoredRollout) -> Metrics:
@@ -63,6 +61,27 @@ def group_metrics(reward: Tensor, group: Tensor) -> Metrics:
         return {}
     same = [float(reward[group == prompt].max() == reward[group == prompt].min()) for prompt in order]
     return {"val/zero_variance_groups": sum(same) / len(same)}
+
+
+def rollout_metrics(
+    scored: ScoredRollout, gold: Mapping[str, Score], limits: Mapping[str, float], rewarded: str
+) -> Metrics:
+    """Everything that is reported of a rollout: scores, gold, KL, lengths, entropy, groups.
+
+    Args:
+        gold: true scores of the same responses.
+        limits: cost -> above which value one is a violation.
+        rewarded: the source by which responses to one prompt are told apart.
+    """
+    mask = scored.response_mask
+    return {
+        **score_metrics(scored.scores, limits),
+        **{f"gold/{name}/mean": score.value.mean().item() for name, score in gold.items()},
+        **kl_metrics(scored),
+        **completion_metrics(scored),
+        **group_metrics(scored.scores[rewarded].value, scored.rollout.group),
+        "objective/entropy": -(scored.logprobs.sum() / mask.sum()).item(),  # nats per token, from its own samples
+    }
 
 
 def warnings(metrics: Metrics) -> list[str]:

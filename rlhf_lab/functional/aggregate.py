@@ -21,7 +21,15 @@ def variance(members: Tensor, ddof: int) -> Tensor:
     """(B, M) -> (B,): variance within the ensemble, sum of squares over M - ddof.
 
     `ddof=0` is the paper's eq. 5 and its best-of-n code; its PPO code used 1, a 25 % larger penalty at M = 5.
+
+    Raises:
+        ValueError: M - ddof is not positive, so there is no such variance.
     """
+    if members.shape[1] <= ddof:
+        raise ValueError(
+            f"a variance with ddof={ddof} needs more than {ddof} members, found {members.shape[1]}; "
+            "set reward_ensemble.aggregate.ddof=0"
+        )
     return torch.var(members, dim=1, correction=ddof)
 
 

@@ -10,7 +10,7 @@ def standardise(raw: Tensor) -> tuple[float, float]:
     Raises:
         ValueError: fewer than two scores, or all the same.
     """
-    if len(raw) < 2 or raw.std() == 0:
+    if len(raw) < 2 or raw.min() == raw.max():  # not std() == 0: rounding can make the spread of equal scores positive
         raise ValueError(f"cannot standardise {len(raw)} scores that do not vary")
     scale = 1 / raw.std().item()
     return scale, -raw.mean().item() * scale
@@ -23,7 +23,7 @@ def least_squares(raw: Tensor, target: Tensor) -> tuple[float, float]:
         ValueError: the raw scores do not vary, or the fit has no positive slope: the model ranks the wrong way round.
     """
     x, y = raw.double(), target.double()
-    if x.std() == 0:
+    if x.min() == x.max():
         raise ValueError("cannot calibrate scores that do not vary")
     scale = ((x - x.mean()) * (y - y.mean())).mean() / (x - x.mean()).square().mean()
     if scale <= 0:
@@ -37,10 +37,13 @@ def logistic(raw: Tensor, label: Tensor, steps: int = 50) -> tuple[float, float]
     Newton's method, in float64.
 
     Raises:
-        ValueError: only one label occurs, the labels are perfectly separated, or the slope is not positive.
+        ValueError: the raw scores do not vary, only one label occurs, the labels are perfectly separated, or the slope
+            is not positive.
     """
     x = torch.stack([raw.double(), torch.ones(len(raw), dtype=torch.float64)], dim=1)  # (B, 2)
     y = label.double()
+    if raw.min() == raw.max():
+        raise ValueError("cannot calibrate scores that do not vary")
     if y.min() == y.max():
         raise ValueError("cannot calibrate on labels that are all the same")
     theta = torch.zeros(2, dtype=torch.float64)

@@ -20,6 +20,8 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 
     One scale for the whole tensor, whatever the lengths of its rows. Entries that are all equal become 0.
     """
-    mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean).square(), mask)
-    return ((x - mean) * torch.rsqrt(variance + 1e-8)).where(mask, 0)
+    centred = x - masked_mean(x, mask)
+    # again: among entries that are all equal, the rounding of one mean would pass for spread
+    centred = centred - masked_mean(centred, mask)
+    variance = masked_mean(centred.square(), mask)
+    return (centred * torch.rsqrt(variance + 1e-8)).where(mask, 0)

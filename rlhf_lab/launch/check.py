@@ -7,20 +7,20 @@ arguments (`_partial_`) too, which Hydra itself would only find out when they ar
 import difflib
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib import import_module
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_origin, get_type_hints
 
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
-
-from rlhf_lab.types import Count
+from pydantic_core import SchemaError
 
 ALLOWED_TARGETS = ("rlhf_lab.",)
+MOST_LISTED = 30
 _STRUCTURAL = {"_target_", "_partial_", "_convert_", "_recursive_"}
 
 
 class BadConfig(ValueError):
-    """A configuration that cannot be run; one line per mistake, each with its key, what was found and what is allowed."""
+    """A configuration that cannot be run; one line per mistake: its key, what was found and what is allowed."""
 
 
 def root(
@@ -36,10 +36,11 @@ def root(
     """The schema of the top-level values; see conf/config.yaml."""
 
 
-def near(word: str, words: list[str]) -> str:
-    """` did you mean …?` for a word that is not among the words, or what there is."""
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(sorted(words))}"
+def near(word: str, words: Collection[str]) -> str:
+    """`did you mean …?` for a word that is not among the words, or what there is."""
+    if close := difflib.get_close_matches(word, words, n=1, cutoff=0.6):
+        return f"did you mean {close[0]!r}?"
+    return f"there are: {', '.join(sorted(words))}" if len(words) <= MOST_LISTED else "--cfg job shows all keys"
 
 
 def locate(target: str) -> Any:
@@ -67,15 +68,39 @@ def _holds_nodes(value: Any) -> bool:
     return isinstance(value, list) and any(map(_holds_nodes, value))
 
 
+def _mistakes_of_part(path: str, part: Any, protocol: Any) -> Iterator[str]:
+    """What a class lacks of the protocol by which it would be used; what its constructor would set is not seen."""
+    if not (inspect.isclass(part) and getattr(protocol, "_is_protocol", False)):
+        return
+    has = {*dir(part), *(name for base in part.__mro__ for name in inspect.get_annotations(base))}
+    wanted = {
+        name
+        for base in protocol.__mro__
+        if getattr(base, "_is_protocol", False)
+        for name, kind in {**vars(base), **inspect.get_annotations(base)}.items()
+        if not name.startswith("_") and (inspect.isfunction(kind) or get_origin(kind) is ClassVar)
+    }
+    if wanted - has:
+        yield (
+            f"{path}: {part.__name__} is not of the kind {protocol.__name__} that is needed here; "
+            f"it has no {', '.join(sorted(wanted - has))}"
+        )
+
+
 def _mistakes_of_value(path: str, value: Any, annotation: Any) -> Iterator[str]:
     if value == "???":
         yield f"{path} is missing; set {path}=<value>"
         return
+    if _is_node(value) and not value.get("_partial_"):
+        yield from _mistakes_of_part(path, locate(value["_target_"]), annotation)
     if _holds_nodes(value):
+        return
+    if getattr(annotation, "_is_protocol", False):
+        yield f"{path}={value!r}: expected a {annotation.__name__}, i.e. a node with a _target_"
         return
     try:
         adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
-    except PydanticSchemaGenerationError:
+    except (PydanticSchemaGenerationError, SchemaError):  # a protocol somewhere in it
         adapter = None
     except TypeError:  # the annotation already carries a configuration
         adapter = TypeAdapter(annotation)
@@ -88,19 +113,21 @@ def _mistakes_of_value(path: str, value: Any, annotation: Any) -> Iterator[str]:
         problem = error.errors()[0]
         place = "".join(f".{part}" for part in problem["loc"] if not isinstance(part, int))
         if problem["type"] == "is_instance_of":  # a part of the program, given as plain data
-            yield f"{path}={value!r}: expected a {problem['ctx']['class']}, i.e. a node with a _target_"
+            yield f"{path}={value!r}: expected a {problem.get('ctx', {}).get('class')}, i.e. a node with a _target_"
         else:
             message = problem["msg"].removeprefix("Input ").replace("should be", "must be")
             yield f"{path}{place}={problem['input']!r}: {message}"
 
 
-def _mistakes_of_call(path: str, arguments: Mapping[str, Any], call: Callable[..., Any], partial: bool) -> Iterator[str]:
+def _mistakes_of_call(
+    path: str, arguments: Mapping[str, Any], call: Callable[..., Any], partial: bool
+) -> Iterator[str]:
     """What is wrong with calling `call` with these keyword arguments."""
     where = f"{path}." if path else ""
     parameters = inspect.signature(call).parameters
     hints = get_type_hints(call.__init__ if inspect.isclass(call) else call, include_extras=True)
     for key in arguments.keys() - parameters.keys() - _STRUCTURAL:
-        yield f"{where}{key} is not a key of {path or 'the configuration'}; {near(key, list(parameters))}"
+        yield f"{where}{key} is not a key of {path or 'the configuration'}; {near(key, parameters.keys())}"
     for key, parameter in parameters.items():
         if key in arguments:
             yield from _mistakes_of_value(f"{where}{key}", arguments[key], hints.get(key, Any))
@@ -133,7 +160,7 @@ def check(config: Mapping[str, Any]) -> None:
     groups = {key: value for key, value in config.items() if key not in schema}
     mistakes = list(_mistakes_of_call("", {key: config[key] for key in config.keys() & schema}, root, False))
     mistakes += [
-        f"{key}={value!r} is not a key of the configuration; {near(key, list(config))}"
+        f"{key}={value!r} is not a key of the configuration; {near(key, config.keys() - {key})}"
         for key, value in groups.items()
         if not isinstance(value, Mapping)
     ]

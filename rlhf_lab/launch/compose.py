@@ -2,11 +2,13 @@
 
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+import shlex
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from rlhf_lab.launch.check import check
+
 ROOT = Path(__file__).resolve().parents[2]
+LONGEST_SUFFIX = 60
+# what does not belong into a run's name, since it does not change its results or says where they are
+_INCIDENTAL = {"name", "runs_dir", "artifacts", "debug", "hardware", "tracker"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Plan:
     @property
     def command(self) -> str:
         """What a person types to do this run."""
-        return f"python launch.py {' '.join(self.overrides)}"
+        return f"python launch.py {shlex.join(self.overrides)}"
 
 
 _referred: ContextVar[list[Plan] | None] = ContextVar("referred", default=None)
@@ -50,14 +57,9 @@ def _artifact(reference: str, seed: int, root: DictConfig) -> str:
     referred = _referred.get()
     if referred is None:  # asked while a configuration is still being merged, or only to be shown
         return f"artifact:{reference}"
-    overrides = [
-        f"experiments={reference}",
-        f"seed={seed}",
-        f"artifact_seed={root.artifact_seed}",
-        f"runs_dir={root.runs_dir}",
-        *(f"hardware.{key}={root.hardware[key]}" for key in ("device", "dtype", "threads")),
-    ]
-    plan = plan_experiment(tuple([*overrides, "debug=smoke"] if root.shrink else overrides))
+    settings = {"seed": seed, "artifact_seed": root.artifact_seed, "runs_dir": root.runs_dir}
+    settings |= {f"hardware.{key}": root.hardware[key] for key in ("device", "dtype", "threads")}
+    plan = plan_experiment(reference, tuple(settings.items()), bool(root.shrink))
     if plan not in referred:
         referred.append(plan)
     return str(plan.output)
@@ -118,46 +120,93 @@ def _reached(config: DictConfig) -> set[str]:
     return reached
 
 
-def plan_run(config: DictConfig, overrides: Sequence[str], default_name: str) -> Plan:
-    """Resolve what a composed configuration's run reads; references become paths, their artifacts become `needs`.
+def default_name(overrides: Sequence[str], choices: Mapping[str, str], config: DictConfig, reached: set[str]) -> str:
+    """A run's name: its experiment or its method and reward, its seed, and whatever else was typed.
+
+    What was typed in full becomes a digest when it is long.
+
+    Example: `ppo_lag-ensemble_uwo-s0`, `ppo-single-s1-algorithm.kl_coef=0.1`, `reward_ensembles/ppo_uwo-s3`.
+    """
+    if experiment := choices.get("experiments"):
+        parts, said = [experiment], {"experiments"}
+    else:
+        parts = [choices["algorithm" if "algorithm" in reached else "stage"]]
+        parts += [choices["reward"]] if "reward" in reached else []
+        said = {"algorithm", "reward", "stage"}
+    parts.append(f"s{config.seed}")
+    parts += [f"a{config.artifact_seed}"] if config.artifact_seed else []
+    said |= {"seed", "artifact_seed"}
+    others = sorted(o for o in overrides if key_of(o) not in said and key_of(o).split(".")[0] not in _INCIDENTAL)
+    if others:
+        spelled = re.sub(r"[^\w.,=+-]+", "_", ",".join(others))
+        parts.append(spelled if len(spelled) <= LONGEST_SUFFIX else sha256(",".join(others).encode()).hexdigest()[:8])
+    return "-".join(parts)
+
+
+def key_of(override: str) -> str:
+    """What an override sets."""
+    return override.lstrip("+~").split("=")[0].split("@")[0]
+
+
+def _settle(config: DictConfig, reached: Collection[str]) -> dict[str, Any]:
+    """The resolved values of what the run reads.
+
+    Container by container, so that a reference in a group that is not read is not followed.
+    """
+    return {
+        str(key): OmegaConf.to_container(config[key], resolve=True, throw_on_missing=False)
+        if OmegaConf.is_config(config[key])
+        else config[key]
+        for key in config
+        if key in reached
+    }
+
+
+def plan_run(config: DictConfig, overrides: Sequence[str], choices: Mapping[str, str]) -> Plan:
+    """Check and resolve what a composed configuration's run reads; references become paths, their artifacts `needs`.
+
+    Args:
+        choices: group -> option, as composed; they name a run that has no name.
 
     Raises:
+        BadConfig: a key, a type or a range is wrong.
         ValueError: something was typed that the run does not read.
     """
     config = config.copy()
-    if config.name is None:
-        config.name = default_name
-    _shrink(config, {override.lstrip("+").split("=")[0] for override in overrides})
     reached = _reached(config)
     for override in overrides:
-        key = override.lstrip("+~").split("=")[0].split("@")[0]
-        if (group := key.split(".")[0]) in config and group not in reached:
+        if (group := key_of(override).split(".")[0]) in config and group not in reached:
             raise ValueError(f"{override}: this kind of run does not read {group}; remove it")
+    if config.name is None:
+        config.name = default_name(overrides, choices, config, reached)
+    _shrink(config, {key_of(override) for override in overrides})
+    check(_settle(config, reached))  # before the artifacts are looked at, so that a typo is refused at once
     with _collecting() as needs:
-        # container by container, so that a reference in a group that is not read is not followed
-        settled = {
-            str(key): OmegaConf.to_container(config[key], resolve=True, throw_on_missing=False)
-            if OmegaConf.is_config(config[key])
-            else config[key]
-            for key in config
-            if key in reached
-        }
-    directory = Path(settled["runs_dir"]) / settled["name"]
-    return Plan(directory, settled, tuple(overrides), tuple(needs))
+        settled = _settle(config, reached)
+    return Plan(Path(settled["runs_dir"]) / settled["name"], settled, tuple(overrides), tuple(needs))
 
 
 @cache
-def plan_experiment(overrides: tuple[str, ...]) -> Plan:
-    """Compose one experiment file with its overrides, apart from whatever Hydra is composing at the moment."""
+def plan_experiment(reference: str, settings: tuple[tuple[str, Any], ...], smoke: bool) -> Plan:
+    """The plan of one experiment file under some settings (key, value), as if these had been typed."""
+    config = _compose_experiment(reference, smoke).copy()
+    for key, value in settings:
+        OmegaConf.update(config, key, value)
+    typed = [f"experiments={reference}", *(f"{key}={value}" for key, value in settings)]
+    return plan_run(config, [*typed, "debug=smoke"] if smoke else typed, {"experiments": reference})
+
+
+@cache
+def _compose_experiment(reference: str, smoke: bool) -> DictConfig:
+    """Compose once for all seeds, and apart from whatever Hydra is composing at the moment."""
     state = GlobalHydra.instance()
     outer = state.hydra
     state.clear()
     token = _referred.set(None)
     try:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            config = compose("config", overrides=list(overrides))
+            return compose("config", overrides=[f"experiments={reference}", *(["debug=smoke"] if smoke else [])])
     finally:
         _referred.reset(token)
         state.clear()
         state.hydra = outer
-    return plan_run(config, overrides, default_name="unnamed")

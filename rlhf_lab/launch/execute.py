@@ -2,20 +2,24 @@
 
 import fcntl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import yaml
 from hydra.utils import instantiate
 
 from rlhf_lab.console import Console
-from rlhf_lab.launch.check import BadConfig, check
+from rlhf_lab.launch.check import BadConfig
 from rlhf_lab.launch.compose import Plan
-from rlhf_lab.report.page import build_report
 from rlhf_lab.run import Run, RunRefused, difference, is_finished
 from rlhf_lab.types import Metrics
 
 # what may differ between the run that built an artifact and the run that reads it
 _INCIDENTAL = ("hardware", "tracker", "artifacts")
+
+
+class RunFailed(RuntimeError):
+    """A run that had begun and stopped for another reason than a person's mistake; says where to read more."""
 
 
 def in_order(plan: Plan) -> Iterator[Plan]:
@@ -41,7 +45,6 @@ def preflight(plan: Plan) -> None:
     needs = list(in_order(plan))
     promised = {str(needed.output) for needed in needs}
     for one in (plan, *needs):
-        check(one.config)
         if one.config["artifacts"] not in ("build", "refuse"):
             raise BadConfig(f"artifacts={one.config['artifacts']!r}: must be 'build' or 'refuse'")
         if not is_finished(one.directory):
@@ -53,8 +56,6 @@ def preflight(plan: Plan) -> None:
 def _check_artifact(plan: Plan, policy: str) -> None:
     """Refuse an artifact that is not there and must not be built, or that is there with another configuration."""
     if is_finished(plan.directory):
-        import yaml
-
         stored = yaml.safe_load((plan.directory / "config.yaml").read_text())
         ours = {key: value for key, value in plan.config.items() if key not in _INCIDENTAL}
         theirs = {key: value for key, value in stored.items() if key not in _INCIDENTAL}
@@ -98,34 +99,59 @@ def execute(plan: Plan) -> Metrics:
 
 
 def carry_out(plan: Plan, console: Console) -> Metrics:
-    """One run from its frozen configuration to its report."""
+    """One run from its frozen configuration to its report.
+
+    Raises:
+        ValueError: a mistake that only the data or the weights could show.
+        RunFailed: anything else that went wrong; the traceback is in the run directory.
+    """
     stage = instantiate(plan.config["stage"], _convert_="all")
     tracker = instantiate(plan.config["tracker"], _convert_="all")
+    directory = plan.directory
     run = Run.open(
-        plan.directory,
+        directory,
         config=plan.config,
         overrides=list(plan.overrides),
         artifacts={str(needed.output.relative_to(plan.config["runs_dir"])): needed.output for needed in plan.needs},
         tracker=tracker,
         console=console,
     )
-    page = plan.directory / "report.html"
+    page = directory / "report.html"
     try:
-        if run.finished:
-            console.say(f"{plan.directory} is finished already; its results are in {page}")
-            console.say("for another run of the same configuration give it a name of its own with name=")
-            return {}
-        stage.check()
-        tracker.start(plan.directory, plan.config)
-        console.say(f"run {plan.directory}")
-        metrics = stage.run(run)
-        build_report(plan.directory)
-        run.finish(metrics)
-        tracker.finish()
-    except BaseException as error:
-        run.fail(error)
+        with ExitStack() as afterwards:
+            afterwards.callback(run.close)
+            if run.finished:
+                console.say(f"{directory} is finished already; its results are in {page}")
+                console.say("for another run of the same configuration give it a name of its own with name=")
+                return {}
+            afterwards.push(run.note_failure)
+            stage.check()
+            tracker.start(directory, plan.config)
+            afterwards.callback(tracker.finish)
+            console.say(f"run {directory}")
+            metrics = stage.run(run)
+            draw_report(directory)
+            run.finish(metrics)
+    except ValueError:
+        run.withdraw()
         raise
-    finally:
-        run.close()
-    console.summary({"output": str(plan.output), "report": str(page), "metrics": str(plan.directory / "metrics.jsonl")})
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        raise RunFailed(
+            f"{directory} stopped: {error.strerror or error}{place}; "
+            "mend that, and the same command continues from the last checkpoint"
+        ) from error
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise RunFailed(
+            f"{directory} stopped: {type(error).__name__}: {reason}; the traceback is in {directory / 'error.txt'}"
+        ) from error
+    console.summary({"output": str(plan.output), "report": str(page), "metrics": str(directory / "metrics.jsonl")})
     return metrics
+
+
+def draw_report(directory: Path) -> None:
+    """Write the run's report.html."""
+    from rlhf_lab.report.page import build_report  # matplotlib, which a refusal should not wait for
+
+    build_report(directory)

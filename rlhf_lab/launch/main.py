@@ -1,9 +1,8 @@
-"""The command line: compose, name, plan, execute; mistakes in one line, exit code 2; failures in full, exit code 1."""
+"""The command line: compose, plan, execute. A person's mistake is one line and exit code 2, a failed run 1."""
 
 import os
-import re
 import sys
-from hashlib import sha256
+import traceback
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -14,22 +13,21 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_lab.launch.compose import ROOT, plan_run, register_resolvers
 
-LONGEST_SUFFIX = 60
-_SAID_BY_NAME = ("algorithm", "reward", "seed", "name", "runs_dir", "hardware", "tracker", "artifacts", "debug")
+FAILED, REFUSED, INTERRUPTED = 1, 2, 130
+_stopped: list[int] = []  # exit codes of the points of a sweep that did not finish
 
 
-def default_name(overrides: list[str], choices: dict[str, str], seed: int) -> str:
-    """A run's name from its choices, its seed, and whatever else was typed (as a digest when that is long).
+def with_own_data(arguments: list[str]) -> list[str]:
+    """The arguments, with `dataset=table` where a person names data but no kind of data set.
 
-    Example: `ppo_lag-ensemble_uwo-s0`, `ppo-single-s1-algorithm.kl_coef=0.1`.
+    The default data set is the embedded world, whose splits, sizes and short responses mean nothing for a table.
     """
-    others = sorted(o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] not in _SAID_BY_NAME[:9] or "." in o.split("=")[0])
-    parts = [choices["algorithm"], choices["reward"], f"s{seed}"]
-    if others:
-        spelled = re.sub(r"[^\w.,=+-]+", "_", ",".join(others))
-        short = len(spelled) <= LONGEST_SUFFIX
-        parts.append(spelled if short else sha256(",".join(others).encode()).hexdigest()[:8])
-    return "-".join(parts)
+    typed = {argument.split("=")[0].lstrip("+"): argument.partition("=")[2] for argument in arguments}
+    path = typed.get("dataset.path", "embedded:")
+    if path.startswith("embedded:") or "dataset" in typed or "experiments" in typed:
+        return arguments
+    print(f"dataset=table, since dataset.path={path} is a table (its settings: conf/dataset/table.yaml)", flush=True)
+    return ["dataset=table", *arguments]
 
 
 def launch(config: DictConfig) -> None:
@@ -38,35 +36,51 @@ def launch(config: DictConfig) -> None:
 
     settings = HydraConfig.get()
     overrides = list(settings.overrides.task)
-    choices = {str(key): str(value) for key, value in settings.runtime.choices.items()}
+    choices = {str(group): str(option) for group, option in settings.runtime.choices.items() if option is not None}
     try:
-        execute(plan_run(config, overrides, default_name(overrides, choices, config.seed)))
-    except (ValueError, FloatingPointError, OSError) as error:
-        if settings.mode == RunMode.MULTIRUN:  # the other points of the sweep go on; Hydra raises at the end
-            print(f"error: {' '.join(overrides)}: {error}", file=sys.stderr)
-            raise
-        _refuse(str(error))
+        execute(plan_run(config, overrides, choices))
+    except Exception as error:
+        if settings.mode != RunMode.MULTIRUN:
+            sys.exit(say_why(error, overrides))  # here, where Hydra does not print the exception itself
+        # the other points of the sweep go on
+        _stopped.append(say_why(error, overrides, prefix=f"{' '.join(overrides)}: "))
 
 
 def main() -> None:
     """Run the command line; never returns a traceback for a mistake of the person who typed it."""
     os.environ["RLHF_LAB_ROOT"] = str(ROOT)  # where conf/config.yaml finds experiments/
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions reach the handlers below
+    sys.argv[1:] = with_own_data(sys.argv[1:])
     register_resolvers()
     entry = hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")(launch)
     try:
         entry()
-    except (HydraException, OmegaConfBaseException) as error:
+    except Exception as error:
+        sys.exit(say_why(error, [argument for argument in sys.argv[1:] if not argument.startswith("-")]))
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    if _stopped:
+        print(f"error: {len(_stopped)} runs of the sweep did not finish", file=sys.stderr)
+        sys.exit(min(_stopped))
+
+
+def say_why(error: Exception, overrides: list[str], prefix: str = "") -> int:
+    """Print why nothing, or no more, was run, and return the exit code that says which."""
+    from rlhf_lab.launch.execute import RunFailed
+
+    code = REFUSED
+    if isinstance(error, HydraException | OmegaConfBaseException):
         from rlhf_lab.launch.explain import explain
 
-        _refuse(explain(error, [argument for argument in sys.argv[1:] if not argument.startswith("-")]))
-    except (ValueError, FloatingPointError, OSError) as error:
-        _refuse(str(error))
-    except KeyboardInterrupt:
-        _refuse("interrupted; the same command continues from the last checkpoint")
-
-
-def _refuse(message: str) -> None:
+        message = explain(error, overrides)
+    elif isinstance(error, ValueError):
+        message = str(error)
+    elif isinstance(error, RunFailed):
+        code, message = FAILED, str(error)
+    else:  # ours: no run directory has its traceback
+        traceback.print_exception(error)
+        code, message = FAILED, f"{type(error).__name__}: {error}"
     for line in message.splitlines():
-        print(f"error: {line}", file=sys.stderr)
-    sys.exit(2)
+        print(f"error: {prefix}{line}", file=sys.stderr)
+    return code

@@ -67,9 +67,11 @@ class Share:
 
 
 def number(value: float) -> str:
-    """Two decimals, fewer when large, an exponent when tiny or huge; a true minus sign."""
+    """Two decimals, fewer when large, an exponent when tiny or huge; rounding noise is 0; a true minus sign."""
     if not math.isfinite(value):
         return "not finite"
+    if abs(value) < 1e-6:
+        return "0.00"
     if value != 0 and not 0.005 <= abs(value) < 1e5:
         text = f"{value:.2e}"
     elif abs(value) >= 1000:

@@ -21,7 +21,7 @@ class Ensemble:
         aggregate: (B, k) -> (B,), from `functional/aggregate.py`; the same function serves best-of-n.
 
     Raises:
-        ValueError: there are not k members.
+        ValueError: there are not k members, or too few of them for the aggregate.
 
     Source: Coste et al. 2024, arXiv:2310.02743.
     """
@@ -32,6 +32,7 @@ class Ensemble:
         if len(members) != k:
             raise ValueError(f"reward_ensemble.k={k}, but {len(members)} members are named; set k to their number")
         self.members = [ScalarModel(path, template, tokens_at_once) for path in members]
+        aggregate(torch.zeros(1, k))  # refuses a k that it cannot take (a variance of one) before anything is loaded
         self.aggregate = aggregate
 
     def check(self, promised: Collection[str] = ()) -> None:

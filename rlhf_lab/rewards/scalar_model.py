@@ -23,7 +23,8 @@ class ScalarModel:
     """
 
     def __init__(self, path: str, template: Style, tokens_at_once: Count) -> None:
-        self.path, self.style, self.tokens_at_once = path, template, tokens_at_once
+        self.path, self.tokens_at_once = path, tokens_at_once
+        self.style: Style = template
 
     def check(self, promised: Collection[str] = ()) -> None:
         """Raises ValueError if the folder cannot be loaded; loads nothing."""

@@ -4,11 +4,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from torch import Tensor
 
 from rlhf_lab.data.dataset import Dataset
+from rlhf_lab.data.tables import read_table, write_table
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine.generate import Generator, Sampling
@@ -89,7 +89,7 @@ class Annotate:
                 metrics[f"{name}/gold/{gold}/mean"] = sum(both) / len(both)
         with run.folder("data") as folder:
             for name, kept in tables.items():
-                datasets.Dataset.from_list(kept).to_parquet(folder / f"{name}.parquet")
+                write_table(kept, folder / f"{name}.parquet")
         run.log(0, metrics)
         return metrics
 
@@ -103,9 +103,8 @@ class Annotate:
             gold = {name: Gold(measure).score(rollout).value for name, measure in self.dataset.gold.items()}
             rows = self._rows(rollout.responses, prompts, gold, generator(run.seed, "coin", split, i))
             with run.folder(str(folder)) as temporary:
-                datasets.Dataset.from_list(rows).to_parquet(temporary / "rows.parquet")
-        table = datasets.load_dataset("parquet", data_files=str(done), split="train", keep_in_memory=True)
-        return [dict(row) for row in table]
+                write_table(rows, temporary / "rows.parquet")
+        return read_table(done)
 
     def _rows(
         self, responses: Sequence[str], prompts: Sequence[Prompt], gold: dict[str, Tensor], coin: torch.Generator

@@ -1,10 +1,9 @@
 """Learning from a data set: SFT, reward models, cost models; the same learner as everywhere."""
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import PreTrainedModel
 
 from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.templates import Template
@@ -29,6 +28,9 @@ from rlhf_lab.interfaces import OfflineAlgorithm
 from rlhf_lab.run import Run
 from rlhf_lab.seeds import derive, generator
 from rlhf_lab.types import Count, Metrics, NonNegativeCount, Term, batches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CalibrationMethod = Literal["none", "standardised", "gold", "labels"]
 
@@ -81,7 +83,7 @@ class TrainOffline:
         load = (
             (lambda: load_policy(self.model.policy, device=device, dtype=dtype, seed=seed))
             if self.trains_policy
-            else (lambda: new_scorer(self.model.policy, template.pad, device=device, dtype=dtype, seed=seed))
+            else (lambda: new_scorer(self.model.policy, device=device, dtype=dtype, seed=seed))
         )
         model = load()
         records = self._records(self.dataset.train_split, template)
@@ -134,13 +136,13 @@ class TrainOffline:
         make = {"demonstrations": text_batch, "preferences": pair_batch, "safety_pairs": safety_pair_batch}
         return make[self.algorithm.reads](template, records)
 
-    def _part(self, model: PreTrainedModel, batch: Trainable) -> Part:
+    def _part(self, model: "PreTrainedModel", batch: Trainable) -> Part:
         if self.trains_policy:
             return Part(batch, lambda rows: policy_forward(model, rows.sequences), self.algorithm.loss)
         return Part(batch, lambda rows: pair_scores(model, rows.pair), self.algorithm.loss)
 
     @torch.no_grad()
-    def _evaluate(self, model: PreTrainedModel, template: Template, records: Sequence[Any]) -> Metrics:
+    def _evaluate(self, model: "PreTrainedModel", template: Template, records: Sequence[Any]) -> Metrics:
         """Means over held-out rows (a per-token term: over their tokens)."""
         model.eval()
         sums: dict[str, float] = {}
@@ -155,7 +157,7 @@ class TrainOffline:
         return _named({name: sums[name] / counts[name] for name in sums})
 
     @torch.no_grad()
-    def _calibrate(self, run: Run, model: PreTrainedModel, template: Template) -> Calibration:
+    def _calibrate(self, run: Run, model: "PreTrainedModel", template: Template) -> Calibration:
         if self.calibration == "none":
             return Calibration()
         split = self.dataset.splits[0]
@@ -178,8 +180,10 @@ class TrainOffline:
         else:
             scale, shift = logistic(raw, 1 - target)
         calibration = Calibration(scale, shift, self.calibration, f"{self.dataset.path}:{split}")
+        agreement = f", correlation {torch.corrcoef(torch.stack([raw, target]))[0, 1]:.3f}" if len(target) else ""
         run.console.say(
-            f"calibrated ({self.calibration}) on {len(raw)} responses of {split}: score = {scale:.3f} raw {shift:+.3f}"
+            f"calibrated ({self.calibration}) on {len(raw)} responses of {split}: "
+            f"score = {scale:.3f} raw {shift:+.3f}{agreement}"
         )
         return calibration
 

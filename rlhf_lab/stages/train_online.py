@@ -1,11 +1,14 @@
 """Learning from own samples: generate, score, prepare, update. Every on-policy method runs here."""
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from rlhf_lab.algorithms.sft import SFT
 from rlhf_lab.data.dataset import Dataset
@@ -15,6 +18,7 @@ from rlhf_lab.engine.forward import policy_forward
 from rlhf_lab.engine.generate import Generator, Sampling
 from rlhf_lab.engine.learner import Learner, Part, minibatch_count
 from rlhf_lab.engine.models import (
+    Critics,
     Hardware,
     ModelPaths,
     check_path,
@@ -28,15 +32,36 @@ from rlhf_lab.engine.models import (
 )
 from rlhf_lab.engine.score import Scorer
 from rlhf_lab.evaluation.evaluator import Evaluator
-from rlhf_lab.evaluation.metrics import completion_metrics, group_metrics, kl_metrics, score_metrics, warnings
+from rlhf_lab.evaluation.metrics import rollout_metrics, warnings
 from rlhf_lab.interfaces import OnlineAlgorithm, RewardSource
-from rlhf_lab.records import Prompt
+from rlhf_lab.records import Demonstration, Prompt
 from rlhf_lab.rewards.gold import Gold
 from rlhf_lab.run import Run
 from rlhf_lab.seeds import derive, generator
 from rlhf_lab.types import Count, Experience, Metrics, NonNegative, NonNegativeCount, PolicyForward, Term
 
 SHOWN_SAMPLES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What one run shares: made when it starts, gone when it ends."""
+
+    template: Template
+    policy: PreTrainedModel
+    critics: Critics | None
+    prompts: Sequence[Prompt]
+    demonstrations: Sequence[Demonstration]
+    engine: Generator
+    scorer: Scorer
+    learner: Learner
+    gold: Mapping[str, RewardSource]
+    evaluator: Evaluator
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """What learns."""
+        return {"policy": self.policy} if self.critics is None else {"policy": self.policy, "critic": self.critics}
 
 
 class TrainOnline:
@@ -83,6 +108,10 @@ class TrainOnline:
         self.evaluate_every, self.checkpoint_every = evaluate_every, checkpoint_every
 
     @property
+    def batch_size(self) -> int:
+        return self.prompts_per_step * self.samples_per_prompt
+
+    @property
     def limits(self) -> dict[str, float]:
         """cost -> above which value it counts as a violation: its constraint's limit, 0 without one."""
         constraints = getattr(self.algorithm, "constraints", {})
@@ -101,151 +130,76 @@ class TrainOnline:
                 f"{sorted(self.rewards)}; add reward.sources.{missing[0]} or change objective.weights"
             )
         self.sampling.check_trainable()
+        minibatch_count(self.batch_size, self.learner.keywords["minibatch_size"])
         if self.ptx_coef and self.demonstrations is None:
-            raise ValueError(f"stage.ptx_coef={self.ptx_coef} needs stage.demonstrations; name a data set")
-        size = self.prompts_per_step * self.samples_per_prompt
-        minibatch_count(size, self.learner.keywords["minibatch_size"])
+            raise ValueError(
+                f"stage.ptx_coef={self.ptx_coef} needs demonstrations; name a data set with "
+                "+dataset@stage.demonstrations=<option>"
+            )
 
     def run(self, run: Run) -> Metrics:
-        device, dtype = self.hardware.start(), self.hardware.dtype
-        options = {"device": device, "dtype": dtype, "seed": derive(run.seed, "initial weights")}
-        template = Template(load_tokenizer(self.model.policy), self.dataset.template_style)
-        policy = load_policy(self.model.policy, **options)
-        reference = load_frozen(self.model.reference, **options)
-        names = tuple(self.algorithm.critics)
-        critics = load_critics(self.model.critic, names, **options) if names else None
-        rewards: dict[str, RewardSource] = {
-            name: source.load(self.hardware, template) for name, source in self.rewards.items()
-        }
-        gold: dict[str, RewardSource] = {name: Gold(measure) for name, measure in self.dataset.gold.items()}
-
-        prompts = self.dataset.prompts(self.dataset.train_split, template)
-        held_out = {split: self.dataset.prompts(split, template) for split in self.dataset.splits}
-        seen = {prompt.id for prompt in prompts}
-        for split, others in held_out.items():
-            if shared := sum(prompt.id in seen for prompt in others):
-                raise ValueError(f"{shared} prompts of {split} are also in {self.dataset.train_split}; hold them out")
-        for note in self.dataset.notes:
-            run.warn(0, note)
-        modules = {"policy": policy} if critics is None else {"policy": policy, "critic": critics}
-        batch_size = self.prompts_per_step * self.samples_per_prompt
-        settings = self.learner.keywords
-        updates = self.steps * settings["epochs"] * minibatch_count(batch_size, settings["minibatch_size"])
-        learner = self.learner(modules=modules, total_updates=updates)
-        scorer = Scorer(
-            rewards=rewards,
-            reference=reference,
-            critics=critics,
-            temperature=self.sampling.temperature,
-            tokens_at_once=learner.tokens_at_once,
-        )
-        engine = Generator(policy, template, self.sampling)
-        judge = Scorer(
-            rewards=rewards,
-            reference=reference,
-            critics=None,
-            temperature=self.evaluation_sampling.temperature or 1.0,
-            tokens_at_once=learner.tokens_at_once,
-        )
-        evaluator = Evaluator(held_out, gold, template, run.seed)
-        demonstrations = self._demonstrations(template)
-
-        def evaluate(step: int) -> Metrics:
-            metrics, rows = evaluator.evaluate(Generator(policy, template, self.evaluation_sampling), judge)
-            run.write_rows(f"samples/step_{step:06d}.jsonl", rows)
-            shown = [{"prompt": r["prompt"], "response": r["response"], **r["scores"], **{f"gold {k}": v for k, v in r["gold"].items()}} for r in rows[:SHOWN_SAMPLES]]
-            run.console.samples(f"held-out samples at step {step}", shown)
-            return metrics
-
-        first, episode = 0, 0
-        if resumed := run.resume():
-            step, state = resumed
-            for name, module in modules.items():
-                restore_parameters(module, state["modules"][name])
-            learner.load_state_dict(state["learner"])
-            for name, part in self.algorithm.stateful.items():
-                part.load_state_dict(state["algorithm"][name])
-            first, episode = step + 1, state["episode"]
+        parts = self._load(run)
+        first, episode = self._resume(run, parts)
         run.console.say(
-            f"{len(prompts)} prompts, {self.steps} steps of {self.prompts_per_step} x {self.samples_per_prompt}; "
-            f"template {template.style}; rewards {', '.join(rewards)}"
+            f"{len(parts.prompts)} prompts, {self.steps} steps of {self.prompts_per_step} x {self.samples_per_prompt}; "
+            f"template {parts.template.style}; rewards {', '.join(self.rewards)}"
         )
         latest: Metrics = {}
         for step in run.console.steps("step", first, self.steps, latest):
-            metrics = evaluate(0) if step == 0 else {}
-            clock = time.perf_counter()
-            chosen = self._prompts_of_step(prompts, step, run.seed)
-            rollout = engine.generate(
-                prompt_batch(template, chosen), self.samples_per_prompt, derive(run.seed, "sampling", step)
-            )
-            sampled = time.perf_counter()
-            scored = scorer.score(rollout)
-            experience, prepared = self.algorithm.prepare(scored)
-            measured = time.perf_counter()
-            parts = [Part(experience, self._forward(policy, critics), self._loss)]
-            if demonstrations:
-                picked = torch.randperm(len(demonstrations), generator=generator(run.seed, "ptx", step))[:batch_size]
-                rows = text_batch(template, [demonstrations[i] for i in picked.tolist()])
-                ptx = Part(rows, lambda b: policy_forward(policy, b.sequences), SFT().loss, self.ptx_coef)
-                parts.append(ptx)
-            learnt = _named(learner.update(parts, derive(run.seed, "learner", step)))
-            episode += len(rollout)
-            metrics |= prepared | learnt | score_metrics(scored.scores, self.limits) | kl_metrics(scored)
-            metrics |= completion_metrics(scored)
-            metrics |= group_metrics(scored.scores[self.algorithm.streams[0]].value, rollout.group)
-            for name, source in gold.items():
-                metrics[f"gold/{name}/mean"] = source.score(rollout).value.mean().item()
-            mask = scored.response_mask
-            metrics["objective/entropy"] = -(scored.logprobs.sum() / mask.sum()).item()
+            metrics = self._evaluate(run, parts, 0) if step == 0 else {}
+            metrics |= self._iterate(parts, step, run.seed)
+            episode += self.batch_size
             metrics["episode"] = float(episode)
-            done = time.perf_counter()
-            metrics |= {
-                "time/rollout": sampled - clock,
-                "time/scoring": measured - sampled,
-                "time/update": done - measured,
-                "time/tokens_per_second": mask.sum().item() / (done - clock),
-            }
             for message in warnings(metrics):
                 run.warn(step, message)
             last = step + 1 == self.steps
             if last or (self.evaluate_every and (step + 1) % self.evaluate_every == 0):
-                metrics |= evaluate(step + 1)
+                metrics |= self._evaluate(run, parts, step + 1)
             latest.update(metrics)
             run.log(step, metrics)
             if last or (step + 1) % self.checkpoint_every == 0:
-                state = {
-                    "modules": {name: parameters_of(module) for name, module in modules.items()},
-                    "learner": learner.state_dict(),
-                    "algorithm": {name: part.state_dict() for name, part in self.algorithm.stateful.items()},
-                    "episode": episode,
-                }
-                run.save(step, state)
-
+                run.save(step, self._state(parts, episode))
         with run.folder("policy") as folder:
-            save_model(folder, policy, template.tokenizer)
+            save_model(folder, parts.policy, parts.template.tokenizer)
         return run.last
-    
-    def _prompts_of_step(self, prompts: Sequence[Prompt], step: int, seed: int) -> list[Prompt]:
-        """The next prompts of an endless sequence of epochs, each epoch in an order of its own."""
-        first = step * self.prompts_per_step
-        places = range(first, first + self.prompts_per_step)
-        orders = {
-            epoch: torch.randperm(len(prompts), generator=generator(seed, "order", epoch)).tolist()
-            for epoch in {place // len(prompts) for place in places}
+
+    def _iterate(self, parts: Parts, step: int, seed: int) -> Metrics:
+        """One turn of the loop: generate, score, prepare, update."""
+        begun = time.perf_counter()
+        prompts = prompt_batch(parts.template, self._prompts_of_step(parts.prompts, step, seed))
+        rollout = parts.engine.generate(prompts, self.samples_per_prompt, derive(seed, "sampling", step))
+        generated = time.perf_counter()
+        scored = parts.scorer.score(rollout)
+        experience, metrics = self.algorithm.prepare(scored)
+        prepared = time.perf_counter()
+        learnt = parts.learner.update(self._losses(parts, experience, step, seed), derive(seed, "learner", step))
+        updated = time.perf_counter()
+
+        gold = {name: source.score(rollout) for name, source in parts.gold.items()}
+        metrics |= _named(learnt) | rollout_metrics(scored, gold, self.limits, self.algorithm.streams[0])
+        return metrics | {
+            "time/rollout": generated - begun,
+            "time/scoring": prepared - generated,
+            "time/update": updated - prepared,
+            "time/tokens_per_second": scored.response_mask.sum().item() / (updated - begun),
         }
-        return [prompts[orders[place // len(prompts)][place % len(prompts)]] for place in places]
 
-    def _demonstrations(self, template: Template) -> Sequence[Any]:
-        if not self.ptx_coef or self.demonstrations is None:
-            return []
-        return self.demonstrations.demonstrations(self.demonstrations.train_split, template)
+    def _losses(self, parts: Parts, experience: Experience, step: int, seed: int) -> list[Part]:
+        """The RL loss, and the likelihood of a batch of demonstrations where ptx asks for it."""
 
-    def _forward(self, policy: Any, critics: Any) -> Callable[[Experience], PolicyForward]:
         def forward(batch: Experience) -> PolicyForward:
             sequences = batch.scored.rollout.sequences
-            return policy_forward(policy, sequences, temperature=self.sampling.temperature, critics=critics)
+            return policy_forward(
+                parts.policy, sequences, temperature=self.sampling.temperature, critics=parts.critics
+            )
 
-        return forward
+        losses = [Part(experience, forward, self._loss)]
+        if parts.demonstrations:
+            order = torch.randperm(len(parts.demonstrations), generator=generator(seed, "ptx", step))
+            batch = text_batch(parts.template, [parts.demonstrations[i] for i in order[: self.batch_size].tolist()])
+            likelihood = partial(policy_forward, parts.policy)
+            losses.append(Part(batch, lambda rows: likelihood(rows.sequences), SFT().loss, self.ptx_coef))
+        return losses
 
     def _loss(self, new: PolicyForward, batch: Experience) -> list[Term]:
         """The method's terms, and what is reported of every policy update."""
@@ -256,6 +210,111 @@ class TrainOnline:
             Term("approxkl", log_ratio.square() / 2, "token", 0.0),
             Term("entropy", new.entropy, "token", 0.0),
         ]
+
+    def _prompts_of_step(self, prompts: Sequence[Prompt], step: int, seed: int) -> list[Prompt]:
+        """The next prompts of an endless sequence of epochs, each epoch in an order of its own."""
+        first = step * self.prompts_per_step
+        places = range(first, first + self.prompts_per_step)
+        orders = {
+            epoch: torch.randperm(len(prompts), generator=generator(seed, "order", epoch)).tolist()
+            for epoch in {place // len(prompts) for place in places}
+        }
+        return [prompts[orders[place // len(prompts)][place % len(prompts)]] for place in places]
+
+    def _evaluate(self, run: Run, parts: Parts, step: int) -> Metrics:
+        """Held-out metrics; every row goes to samples/, a few to the console."""
+        engine = Generator(parts.policy, parts.template, self.evaluation_sampling)
+        temperature = self.evaluation_sampling.temperature or 1.0
+        metrics, rows = parts.evaluator.evaluate(engine, parts.scorer.without_critics(temperature))
+        run.write_rows(f"samples/step_{step:06d}.jsonl", rows)
+        shown = [
+            {
+                "prompt": row["prompt"],
+                "response": row["response"],
+                "scores": ", ".join(f"{name} {value:.2f}" for name, value in row["scores"].items()),
+                "gold": ", ".join(f"{name} {value:.2f}" for name, value in row["gold"].items()),
+            }
+            for row in rows[:SHOWN_SAMPLES]
+        ]
+        run.console.samples(f"held-out samples at step {step}", shown)
+        return metrics
+
+    def _load(self, run: Run) -> Parts:
+        """Read weights and data; everything that is shared is made here."""
+        options = {
+            "device": self.hardware.start(),
+            "dtype": self.hardware.dtype,
+            "seed": derive(run.seed, "initial weights"),
+        }
+        template = Template(load_tokenizer(self.model.policy), self.dataset.template_style)
+        prompts, held_out = self._prompts(run, template)
+        policy = load_policy(self.model.policy, **options)
+        names = tuple(self.algorithm.critics)
+        critics = load_critics(self.model.critic, names, **options) if names else None
+        modules = {"policy": policy} if critics is None else {"policy": policy, "critic": critics}
+        settings = self.learner.keywords
+        updates = self.steps * settings["epochs"] * minibatch_count(self.batch_size, settings["minibatch_size"])
+        learner = self.learner(modules=modules, total_updates=updates)
+        scorer = Scorer(
+            rewards={name: source.load(self.hardware, template) for name, source in self.rewards.items()},
+            reference=load_frozen(self.model.reference, **options),
+            critics=critics,
+            temperature=self.sampling.temperature,
+            tokens_at_once=learner.tokens_at_once,
+        )
+        gold = {name: Gold(measure) for name, measure in self.dataset.gold.items()}
+        data = self.demonstrations if self.ptx_coef else None
+        return Parts(
+            template=template,
+            policy=policy,
+            critics=critics,
+            prompts=prompts,
+            demonstrations=data.demonstrations(data.train_split, template) if data else [],
+            engine=Generator(policy, template, self.sampling),
+            scorer=scorer,
+            learner=learner,
+            gold=gold,
+            evaluator=Evaluator(held_out, gold, template, run.seed),
+        )
+
+    def _prompts(self, run: Run, template: Template) -> tuple[list[Prompt], dict[str, list[Prompt]]]:
+        """Training prompts, and those of each held-out split.
+
+        Raises:
+            ValueError: a held-out prompt is also trained on.
+        """
+        split = self.dataset.train_split
+        prompts = self.dataset.prompts(split, template)
+        held_out = {name: self.dataset.prompts(name, template) for name in self.dataset.splits}
+        seen = {prompt.id for prompt in prompts}
+        for name, others in held_out.items():
+            if shared := sum(prompt.id in seen for prompt in others):
+                raise ValueError(f"{shared} prompts of {name} are also in {split}; hold them out")
+        for note in self.dataset.notes:
+            run.warn(0, note)
+        return prompts, held_out
+
+    def _state(self, parts: Parts, episode: int) -> dict[str, Any]:
+        """Everything that changes during a run; random numbers are derived from the step and need no saving."""
+        return {
+            "modules": {name: parameters_of(module) for name, module in parts.modules.items()},
+            "learner": parts.learner.state_dict(),
+            "algorithm": {name: part.state_dict() for name, part in self.algorithm.stateful.items()},
+            "episode": episode,
+        }
+
+    def _resume(self, run: Run, parts: Parts) -> tuple[int, int]:
+        """(step to do next, episodes so far), with every part as it was after the last checkpoint."""
+        resumed = run.resume()
+        if resumed is None:
+            return 0, 0
+        step, state = resumed
+        for name, module in parts.modules.items():
+            restore_parameters(module, state["modules"][name])
+        parts.learner.load_state_dict(state["learner"])
+        for name, part in self.algorithm.stateful.items():
+            part.load_state_dict(state["algorithm"][name])
+        return step + 1, state["episode"]
 
 
 def _named(means: Metrics) -> Metrics:
@@ -269,6 +328,7 @@ def _named(means: Metrics) -> Metrics:
         "clipfrac": "policy/clipfrac_avg",
         "entropy": "policy/entropy_avg",
     }
-    named = {contract.get(name, f"loss/{name}" if name.startswith("value/") else name): v for name, v in means.items()}
-    values = [value for name, value in means.items() if name.startswith("value/")]
-    return named | ({"loss/value_avg": sum(values)} if values else {})
+    values = {name: value for name, value in means.items() if name.startswith("value/")}
+    named = {contract.get(name, name): value for name, value in means.items() if name not in values}
+    named |= {f"loss/{name}": value for name, value in values.items()}
+    return named | ({"loss/value_avg": sum(values.values())} if values else {})

@@ -1,0 +1,43 @@
+"""The study's table: held-out gold scores before and after, one row per seed, and means with t intervals over seeds."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+COLUMNS = {
+    "gold helpfulness": "gold/helpfulness/mean",
+    "gold cost": "gold/cost/mean",
+    "learned cost": "rewards/cost/mean",
+    "KL (nats)": "kl",
+}
+
+
+def ends(run: Path, split: str) -> list[float]:
+    """Before and after of every column on a split."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line[f"eval/{split}/{name}"] for name in COLUMNS.values() for line in (lines[0], lines[-1])]
+
+
+def main(runs_dir: Path, split: str) -> None:
+    runs = sorted((runs_dir / "tiny_help").glob("ppo_lag_s*"))
+    table = np.array([ends(run, split) for run in runs])
+    lambdas = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["lagrange/cost/lambda"] for run in runs]
+    print(f"| seed | {' | '.join(f'{name}, before → after' for name in COLUMNS)} | λ |")
+    print("| --- " * (len(COLUMNS) + 2) + "|")
+    for run, row, multiplier in zip(runs, table, lambdas, strict=True):
+        cells = [f"{row[i]:.2f} → {row[i + 1]:.2f}" for i in range(0, len(row), 2)]
+        print(f"| {run.name.removeprefix('ppo_lag_s')} | {' | '.join(cells)} | {multiplier:.2f} |")
+    width = stats.t.ppf(0.975, len(table) - 1) * table.std(0, ddof=1) / len(table) ** 0.5
+    cells = [
+        f"{m[i]:.2f} ± {w[i]:.2f} → {m[i + 1]:.2f} ± {w[i + 1]:.2f}"
+        for m, w in [(table.mean(0), width)]
+        for i in range(0, len(m), 2)
+    ]
+    print(f"| mean | {' | '.join(cells)} | {np.mean(lambdas):.2f} |")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs"), sys.argv[2] if len(sys.argv) > 2 else "test")

@@ -1,0 +1,124 @@
+"""Losses of the methods that learn from data, against the probabilities and the signs that they stand for."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from rlhf_lab.algorithms.cost_model import CostModel
+from rlhf_lab.algorithms.reward_model import RewardModel
+from rlhf_lab.algorithms.sft import SFT
+from rlhf_lab.types import PairBatch, PolicyForward, SafetyPairBatch, ScoreForward, Sequences, Term, TextBatch
+
+UNSAFE, SAFE = 1.0, -1.0
+
+
+def sequences(rows: int) -> Sequences:
+    ones = torch.ones(rows, 2, dtype=torch.int64)
+    return Sequences(
+        tokens=ones, attention_mask=ones.bool(), position_ids=ones.cumsum(1) - 1, response_mask=ones[:, 1:].bool()
+    )
+
+
+def pairs(margin: list[float]) -> PairBatch:
+    rows = len(margin)
+    return PairBatch(chosen=sequences(rows), rejected=sequences(rows), margin=torch.tensor(margin))
+
+
+def verdicts(safer_sign: list[float], unsafer_sign: list[float]) -> SafetyPairBatch:
+    rows = len(safer_sign)
+    return SafetyPairBatch(
+        safer=sequences(rows),
+        unsafer=sequences(rows),
+        safer_sign=torch.tensor(safer_sign),
+        unsafer_sign=torch.tensor(unsafer_sign),
+    )
+
+
+def named(terms: Sequence[Term]) -> dict[str, Tensor]:
+    assert len({term.name for term in terms}) == len(terms)
+    return {term.name: term.values for term in terms}
+
+
+def test_sft_is_the_negative_log_likelihood_of_each_token():
+    new = PolicyForward(torch.tensor([[0.5], [0.125]]).log(), torch.zeros(2, 1), {})
+    (term,) = SFT().loss(new, TextBatch(sequences=sequences(2)))
+    assert (term.name, term.per, term.weight) == ("nll", "token", 1.0)
+    assert_close(term.values, torch.tensor([[math.log(2)], [3 * math.log(2)]]))
+
+
+def test_reward_model_by_hand():
+    new = ScoreForward(torch.tensor([2.0, -1.0, 0.5]), torch.tensor([1.0, 1.0, 0.5]))
+    terms = RewardModel(l2=0.01, use_margin=False).loss(new, pairs([5.0, 5.0, 5.0]))
+    assert {term.name: (term.per, term.weight) for term in terms} == {
+        "pairwise": ("row", 1.0),
+        "l2": ("row", 0.01),
+        "accuracy": ("row", 0.0),
+    }
+    values = named(terms)
+    won = [math.e**2 / (math.e**2 + math.e), math.e**-1 / (math.e**-1 + math.e), 0.5]
+    assert values["pairwise"].tolist() == pytest.approx([-math.log(p) for p in won], rel=1e-5)
+    assert values["l2"].tolist() == [2.5, 1.0, 0.25]
+    assert values["accuracy"].tolist() == [1.0, 0.0, 0.0]  # a tie is not right
+
+
+def test_reward_model_asks_for_the_margin_only_if_told_to():
+    new, batch = ScoreForward(torch.tensor([2.0]), torch.tensor([1.0])), pairs([1.0])
+    assert named(RewardModel(l2=0.0, use_margin=True).loss(new, batch))["pairwise"].item() == pytest.approx(math.log(2))
+    without = named(RewardModel(l2=0.0, use_margin=False).loss(new, batch))["pairwise"].item()
+    assert without == pytest.approx(-math.log(math.e / (1 + math.e)), rel=1e-5)
+
+
+def test_a_step_on_the_reward_models_loss_raises_the_preferred_score():
+    first, second = torch.tensor([0.0, 3.0], requires_grad=True), torch.tensor([0.0, -3.0], requires_grad=True)
+    values = named(RewardModel(l2=0.0, use_margin=False).loss(ScoreForward(first, second), pairs([0.0, 0.0])))
+    up, down = torch.autograd.grad(values["pairwise"].sum(), (first, second))
+    assert up.lt(0).all()
+    assert down.gt(0).all()
+    assert_close(up[0], torch.tensor(-0.5))
+
+
+@pytest.mark.parametrize("safer", [SAFE, UNSAFE])
+@pytest.mark.parametrize("unsafer", [SAFE, UNSAFE])
+def test_the_signs_of_the_cost_loss_on_the_four_combinations_of_labels(safer: float, unsafer: float):
+    low, high = torch.tensor([0.4], requires_grad=True), torch.tensor([-0.7], requires_grad=True)
+    values = named(CostModel(sign_weight=1.0, l2=0.0).loss(ScoreForward(low, high), verdicts([safer], [unsafer])))
+    # labelled unsafe: descent raises the cost; labelled safe: descent lowers it
+    slopes = torch.autograd.grad(values["sign"].sum(), (low, high), retain_graph=True)
+    assert [torch.sign(slope).item() for slope in slopes] == [-safer, -unsafer]
+    # whatever the labels, the less safe response is to cost more
+    down, up = torch.autograd.grad(values["pairwise"].sum(), (low, high))
+    assert down.item() > 0 > up.item()
+
+
+def test_cost_model_by_hand():
+    new = ScoreForward(torch.tensor([-1.0, 0.5]), torch.tensor([2.0, -0.5]))
+    terms = CostModel(sign_weight=0.5, l2=0.01).loss(new, verdicts([SAFE, SAFE], [UNSAFE, UNSAFE]))
+    assert {term.name: (term.per, term.weight) for term in terms} == {
+        "pairwise": ("row", 1.0),
+        "sign": ("row", 0.5),
+        "l2": ("row", 0.01),
+        "accuracy": ("row", 0.0),
+        "accuracy_sign": ("row", 0.0),
+    }
+    values = named(terms)
+
+    def unsafe(cost: float) -> float:
+        return math.exp(cost) / (1 + math.exp(cost))
+
+    # first row: the safer costs -1 and is safe, the other costs 2 and is unsafe; second row: both verdicts are wrong
+    likelihoods = [(1 - unsafe(-1.0)) * unsafe(2.0), (1 - unsafe(0.5)) * unsafe(-0.5)]
+    assert values["sign"].tolist() == pytest.approx([-math.log(p) for p in likelihoods], rel=1e-5)
+    assert values["pairwise"].tolist() == pytest.approx([-math.log(unsafe(3.0)), -math.log(unsafe(-1.0))], rel=1e-5)
+    assert values["l2"].tolist() == [2.5, 0.25]
+    assert values["accuracy"].tolist() == [1.0, 0.0]
+    assert values["accuracy_sign"].tolist() == [1.0, 0.0]
+
+
+def test_half_of_the_verdicts_right_is_half():
+    new = ScoreForward(torch.tensor([1.0]), torch.tensor([2.0]))
+    terms = CostModel(sign_weight=1.0, l2=0.0).loss(new, verdicts([SAFE], [UNSAFE]))
+    assert named(terms)["accuracy_sign"].item() == 0.5

@@ -1,0 +1,163 @@
+"""Prompts, demonstrations and pairs of a person's own table, and of the embedded world."""
+
+import json
+
+import pytest
+
+from rlhf_lab.data.dataset import WORLD, Dataset
+from rlhf_lab.data.templates import Template
+from rlhf_lab.engine.tiny import tiny_tokenizer
+
+DEFAULTS = {
+    "revision": None,
+    "columns": {},
+    "template": "auto",
+    "max_prompt_tokens": 64,
+    "max_response_tokens": 64,
+    "bad_rows": "error",
+    "train_size": None,
+    "train_split": "train",
+    "eval_splits": None,
+    "eval_size": 256,
+    "hold_out": 0.1,
+    "seed": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def template():
+    return Template(tiny_tokenizer(), "auto")
+
+
+@pytest.fixture
+def table(tmp_path):
+    """`table(rows, test=rows, **settings)` is a data set of these rows."""
+
+    def make(rows, test=None, **settings):
+        for name, part in (("train", rows), ("test", test)):
+            if part is not None:
+                (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+        return Dataset(**{**DEFAULTS, "path": str(tmp_path), **settings})
+
+    return make
+
+
+def numbered(n, **columns):
+    return [{"prompt": f"prompt {i}", **{k: v.format(i) for k, v in columns.items()}} for i in range(n)]
+
+
+def test_prompts_and_demonstrations_through_a_mapping_of_columns(table, template):
+    rows = [{"q": "one", "a": "yes"}, {"q": ["one", "yes", "two"], "a": "no"}]
+    data = table(rows, columns={"prompt": "q", "response": "a"}, hold_out=0.0)
+    assert [p.request for p in data.prompts("train", template)] == ["one", "two"]
+    assert [(d.prompt.request, d.response) for d in data.demonstrations("train", template)] == [
+        ("one", "yes"),
+        ("two", "no"),
+    ]
+
+
+def test_preferences_as_chosen_and_rejected_or_as_two_sides(table, template):
+    sided = [{"prompt": "p", "chosen": "good", "rejected": "bad", "margin": 2}]
+    [pair] = table(sided).preferences("train", template)
+    assert (pair.chosen, pair.rejected, pair.margin) == ("good", "bad", 2.0)
+    two = [
+        {"prompt": "p", "response_0": "a", "response_1": "b", "better": 1},
+        {"prompt": "q", "response_0": "c", "response_1": "d", "better": 0},
+    ]
+    pairs = table(two, hold_out=0.0).preferences("train", template)
+    assert [(p.chosen, p.rejected, p.margin) for p in pairs] == [("b", "a", 0.0), ("c", "d", 0.0)]
+
+
+def test_safety_pairs_put_the_safer_first_with_both_verdicts(table, template):
+    row = {"prompt": "p", "response_0": "a", "response_1": "b", "safer": 1, "safe_0": False, "safe_1": True}
+    [pair] = table([row]).safety_pairs("train", template)
+    assert (pair.safer, pair.unsafer, pair.safer_is_unsafe, pair.unsafer_is_unsafe) == ("b", "a", False, True)
+
+
+@pytest.mark.parametrize("value", ["False", "1", 2, -1, None, "a"])
+def test_a_label_that_is_not_0_or_1_is_refused(table, template, value):
+    row = {"prompt": "p", "response_0": "a", "response_1": "b", "safer": 1, "safe_0": value, "safe_1": True}
+    with pytest.raises(ValueError, match=r"\(train\), row 0: safe_0 is .* expected 0 or 1"):
+        table([row]).safety_pairs("train", template)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": " ", "response": "a"}, "an empty prompt"),
+        ({"prompt": None, "response": "a"}, "an empty prompt"),
+        ({"prompt": "p", "response": ""}, "an empty response"),
+        ({"prompt": "prompt 0", "response": "answer 0"}, "a duplicate"),
+        ({"prompt": "word " * 100, "response": "a"}, "dataset.max_prompt_tokens=64"),
+        ({"prompt": "p", "response": "word " * 100}, "dataset.max_response_tokens=64"),
+    ],
+)
+def test_bad_rows_are_refused_or_dropped_and_counted(table, template, row, reason):
+    rows = [*numbered(3, response="answer {}"), row]
+    with pytest.raises(ValueError, match=rf"1 with .*{reason}.*first: row 3.*dataset.bad_rows=drop"):
+        table(rows, hold_out=0.0).demonstrations("train", template)
+    data = table(rows, hold_out=0.0, bad_rows="drop")
+    assert len(data.demonstrations("train", template)) == 3
+    [note] = data.notes
+    assert "dropped 1 of 4 rows" in note
+    assert reason in note
+
+
+def test_a_malformed_conversation_is_named_by_its_row(table, template):
+    with pytest.raises(ValueError, match=r"\(train\), row 1: .*user speaks last"):
+        table([{"prompt": "p"}, {"prompt": ["a", "b"]}], hold_out=0.0).prompts("train", template)
+
+
+def test_a_single_split_is_held_out_by_prompt_and_that_is_said(table, template):
+    data = table([row for row in numbered(100, response="a {}") for _ in range(2)], bad_rows="drop")
+    assert data.splits == ("test",)
+    ours = {p.id for p in data.prompts("train", template)}
+    theirs = {p.id for p in data.prompts("test", template)}
+    assert not ours & theirs
+    assert len(ours | theirs) == 100
+    assert "held out as 'test'" in data.notes[0]
+
+
+def test_every_split_but_the_training_one_is_evaluated_unless_some_are_named(table, template):
+    assert table(numbered(4), test=numbered(4)).splits == ("test",)
+    assert table(numbered(4), test=numbered(4), eval_splits=[]).splits == ()
+    with pytest.raises(ValueError, match=r"splits \['test', 'train'\], not \['valid'\]; change dataset.eval_splits"):
+        _ = table(numbered(4), test=numbered(4), eval_splits=["valid"]).splits
+    with pytest.raises(ValueError, match=r"not 'sft'; change dataset.train_split"):
+        table(numbered(4), test=numbered(4), train_split="sft").prompts("sft", template)
+
+
+def test_evaluating_on_the_training_split_loses_none_of_it(table, template):
+    data = table(numbered(40), eval_splits=["train"])
+    assert len(data.prompts("train", template)) == 40
+    assert data.splits == ("train",)
+
+
+def test_a_subset_is_drawn_by_the_seed(table, template):
+    def drawn(seed):
+        return [
+            p.request for p in table(numbered(50), hold_out=0.0, train_size=10, seed=seed).prompts("train", template)
+        ]
+
+    assert len(drawn(0)) == 10
+    assert drawn(0) == drawn(0) != drawn(1)
+
+
+def test_needed_columns_are_named(table, template):
+    for read, said in (("prompts", "'prompt'"), ("demonstrations", "'prompt'"), ("safety_pairs", "'prompt'")):
+        with pytest.raises(ValueError, match=said):
+            getattr(table([{"text": "x"}]), read)("train", template)
+    with pytest.raises(ValueError, match="'chosen' and 'rejected', or 'response_0'"):
+        table([{"prompt": "x"}]).preferences("train", template)
+
+
+def test_the_world_has_gold_scores_and_no_end_or_list_of_splits(template):
+    world = Dataset(**{**DEFAULTS, "path": WORLD, "train_size": 8, "eval_splits": ["test"], "eval_size": 4})
+    assert set(world.gold) == {"helpfulness", "cost", "humour"}
+    assert (len(world.prompts("train", template)), len(world.prompts("test", template))) == (8, 4)
+    with pytest.raises(ValueError, match="draws prompts and demonstrations only"):
+        world.preferences("train", template)
+    with pytest.raises(ValueError, match="train_size is null"):
+        Dataset(**{**DEFAULTS, "path": WORLD, "eval_splits": ["test"]})
+    with pytest.raises(ValueError, match="eval_splits is null"):
+        Dataset(**{**DEFAULTS, "path": WORLD, "train_size": 8})

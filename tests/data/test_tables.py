@@ -1,0 +1,159 @@
+"""Rows from files of every kind, and bad rows found before any work."""
+
+import json
+import re
+import subprocess
+
+import datasets
+import pyarrow as pa
+import pytest
+from pyarrow import csv, parquet
+
+from rlhf_lab.data.tables import RowFilter, check_table, hold_out, need, prompt_of, read_splits, write_table
+
+ROWS = [{"prompt": 'a "quoted",\ncut', "response": "x\u2028y", "safe": True, "better": 1}] + [
+    {"prompt": f"p{i}", "response": f"r{i}", "safe": i % 2 == 0, "better": i % 2} for i in range(4)
+]
+
+
+def save(path, rows):
+    table = pa.Table.from_pylist(rows)
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".csv":
+        csv.write_csv(table, path)
+    elif path.suffix == ".parquet":
+        parquet.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ".arrow"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix):
+    assert read_splits(str(save(tmp_path / f"data{suffix}", ROWS)), None) == {"train": ROWS}
+
+
+def test_what_the_datasets_library_saved_is_read(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    [file] = (tmp_path / "saved").glob("*.arrow")
+    assert read_splits(str(file), None) == {"train": ROWS}
+
+
+def test_a_folder_is_read_by_splits(tmp_path):
+    save(tmp_path / "train-00000-of-00002.jsonl", ROWS[:2])
+    save(tmp_path / "train-00001-of-00002.jsonl", ROWS[2:3])
+    (tmp_path / "test").mkdir()
+    save(tmp_path / "test" / "part.parquet", ROWS[3:])
+    (tmp_path / "README.md").write_text("not data")
+    assert read_splits(str(tmp_path), None) == {"train": ROWS[:3], "test": ROWS[3:]}
+
+
+def test_written_tables_are_read_back(tmp_path):
+    write_table(ROWS, tmp_path / "t.parquet")
+    assert read_splits(str(tmp_path / "t.parquet"), None)["train"] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt": \n', "line 2 is not JSON"),
+        ("b.jsonl", '["x"]\n', "line 1 is not an object"),
+        ("c.json", "[1, 2]", "not a list of objects"),
+        ("d.parquet", "not parquet", "cannot be read as .parquet"),
+        ("e.arrow", "not arrow either", "cannot be read as .arrow"),
+        ("f.csv", "a,b\n1,2,3\n", "cannot be read as .csv"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_named(tmp_path, name, text, said):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=said) as refused:
+        read_splits(str(tmp_path / name), None)
+    assert name in str(refused.value)
+
+
+def test_an_empty_file_has_no_rows_and_a_run_needs_one(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    [(split, rows)] = read_splits(str(tmp_path / "empty.jsonl"), None).items()
+    assert (split, rows) == ("train", [])
+    with pytest.raises(ValueError, match=r"d \(train\) is empty; a run on prompts needs at least one row"):
+        need(rows, {}, ["prompt"], "d (train)", "a run on prompts")
+
+
+def test_a_missing_column_is_named_with_what_is_there_and_how_to_map_it():
+    with pytest.raises(ValueError, match=r"columns \['question', 'reply'\].*needs 'prompt'.*dataset.columns.prompt="):
+        need([{"question": "", "reply": ""}], {"response": "reply"}, ["response", "prompt"], "d", "a run")
+    need([{"question": "", "reply": ""}], {"response": "reply", "prompt": "question"}, ["response", "prompt"], "d", "a")
+
+
+def test_paths_that_may_be_hub_ids_pass_and_others_must_exist(tmp_path):
+    check_table("owner/name")
+    for path in ("/nope", "./nope", "nope", "a/b/c", "owner/name.jsonl"):
+        with pytest.raises(ValueError, match=re.escape(f"dataset.path={path}")):
+            check_table(path)
+
+
+def test_hold_out_keeps_prompts_apart_and_does_not_depend_on_order_or_company():
+    rows = [{"prompt": f"p{i % 400}", "n": i} for i in range(1200)]
+    kept, held = hold_out(rows, "prompt", 0.2)
+    ours, theirs = {r["prompt"] for r in kept}, {r["prompt"] for r in held}
+    assert not ours & theirs
+    assert sorted(r["n"] for r in kept + held) == list(range(1200))
+    assert 0.14 < len(theirs) / 400 < 0.26  # five standard deviations of a binomial either side would be 0.1
+    again = hold_out(rows[::-1][:600], "prompt", 0.2)
+    assert {r["prompt"] for r in again[1]} <= theirs
+    assert hold_out(rows, "prompt", 0.1)[1] != []
+    assert {r["prompt"] for r in hold_out(rows, "prompt", 0.1)[1]} <= theirs
+
+
+def test_hold_out_of_a_few_rows_is_neither_nothing_nor_all():
+    kept, held = hold_out([{"prompt": f"p{i}"} for i in range(3)], "prompt", 0.001)
+    assert (len(kept), len(held)) == (2, 1)
+    assert hold_out([{"prompt": "only"}] * 3, "prompt", 0.5) == ([{"prompt": "only"}] * 3, [])
+
+
+def test_prompts_may_be_texts_turns_or_messages():
+    assert [dict(m) for m in prompt_of("hi").messages] == [{"role": "user", "content": "hi"}]
+    turns = prompt_of(["hi", "hello", "bye"])
+    assert [m["role"] for m in turns.messages] == ["user", "assistant", "user"]
+    assert turns.request == "bye"
+    assert prompt_of([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]).request == "u"
+    assert prompt_of("hi").id == prompt_of(["hi"]).id != turns.id
+
+
+@pytest.mark.parametrize(
+    "value", [["hi", "hello"], [{"role": "user"}], [3], 7, [{"role": "assistant", "content": "x"}], []]
+)
+def test_prompts_that_no_user_ends_are_refused(value):
+    with pytest.raises(ValueError, match=r"prompt|turn|conversation"):
+        prompt_of(value)
+
+
+def test_bad_rows_are_counted_by_reason_and_refused_or_dropped():
+    def found(policy) -> RowFilter:
+        bad = RowFilter("data (train)", policy)
+        bad.reject(3, "an empty prompt")
+        bad.reject(5, "a duplicate of an earlier row")
+        bad.reject(7, "an empty prompt")
+        return bad
+
+    with pytest.raises(
+        ValueError, match=r"2 with an empty prompt \(first: row 3\); 1 with a dup.*dataset.bad_rows=drop"
+    ):
+        found("error").report(10)
+    assert "dropped 3 of 10 rows: 2 with an empty prompt (first: row 3); 1 with" in found("drop").report(10)
+    with pytest.raises(ValueError, match="no row is left of 3"):
+        found("drop").report(3)
+    assert RowFilter("d", "error").report(10) == ""
+
+
+def test_local_files_need_neither_the_hub_library_nor_its_cache(tmp_path):
+    file = save(tmp_path / "d.jsonl", ROWS)
+    code = (
+        "import sys; from rlhf_lab.data.tables import read_splits;"
+        f"read_splits({str(file)!r}, None); sys.exit('datasets' in sys.modules)"
+    )
+    assert subprocess.run(["python", "-c", code], check=False).returncode == 0

@@ -1,0 +1,125 @@
+"""What is maximised: weighted sums, and the KL penalty with its controllers, worked by hand."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from rlhf_lab.objectives import AdaptiveKL, FixedKL, KLPenalty, WeightedSum
+from rlhf_lab.records import Prompt
+from rlhf_lab.types import PolicyForward, Rollout, ScoredRollout, Sequences
+
+
+def scored_by(logprobs: Tensor, ref_logprobs: Tensor) -> ScoredRollout:
+    """Responses without padding to prompts of one token."""
+    rows, width = logprobs.shape
+    sequences = Sequences(
+        tokens=torch.zeros(rows, 1 + width, dtype=torch.int64),
+        attention_mask=torch.ones(rows, 1 + width, dtype=torch.bool),
+        position_ids=torch.arange(1 + width).expand(rows, -1),
+        response_mask=torch.ones(rows, width, dtype=torch.bool),
+    )
+    rollout = Rollout(
+        prompts=[Prompt.from_text("hello")] * rows,
+        sequences=sequences,
+        group=torch.zeros(rows, dtype=torch.int64),
+        finished=torch.ones(rows, dtype=torch.bool),
+        responses=[""] * rows,
+        logprobs=logprobs,
+    )
+    return ScoredRollout(rollout=rollout, scores={}, ref_logprobs=ref_logprobs, values={})
+
+
+def adaptive() -> AdaptiveKL:
+    return AdaptiveKL(target=2.0, horizon=100, clip=0.2, estimator="k1")
+
+
+def test_weighted_sum_by_hand_and_scores_that_it_does_not_weigh_change_nothing():
+    objective = WeightedSum({"helpful": 2.0, "length": -0.5})
+    scores = {"length": torch.tensor([4.0, 0.0]), "helpful": torch.tensor([1.0, 3.0]), "cost": torch.tensor([9.0, 9.0])}
+    assert objective.streams == ("helpful", "length")
+    assert objective(scores).tolist() == [0.0, 6.0]
+
+
+def test_a_weighed_score_that_is_missing_is_named_beside_those_that_are_there():
+    with pytest.raises(ValueError, match=r"weighs \['harmless'\].* \['cost', 'helpful'\]"):
+        WeightedSum({"harmless": 1.0, "helpful": 1.0})({"helpful": torch.zeros(2), "cost": torch.zeros(2)})
+
+
+def test_no_weights_are_refused():
+    with pytest.raises(ValueError, match="weights is empty"):
+        WeightedSum({})
+
+
+def test_k1_in_the_loss_is_refused_and_the_other_placements_are_not():
+    with pytest.raises(ValueError, match="penalises nothing"):
+        KLPenalty(estimator="k1", placement="loss", controller=FixedKL())
+    KLPenalty(estimator="k1", placement="reward", controller=FixedKL())
+    KLPenalty(estimator="k2", placement="loss", controller=FixedKL())
+    KLPenalty(estimator="k3", placement="loss", controller=FixedKL())
+
+
+def test_the_penalty_acts_in_the_reward_or_in_the_loss_and_never_in_both():
+    old = scored_by(torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.0]]))
+    new = PolicyForward(torch.tensor([[-0.5, -3.0]], requires_grad=True), torch.zeros(1, 2), {})
+    in_reward = KLPenalty(estimator="k2", placement="reward", controller=FixedKL())
+    in_loss = KLPenalty(estimator="k2", placement="loss", controller=FixedKL())
+    kl = in_reward.estimate(old)
+    assert_close(kl, torch.tensor([[0.125, 0.5]]))  # of the policy that sampled
+    assert_close(in_reward.in_reward(kl, 0.1), torch.tensor([[0.0125, 0.05]]))
+    assert list(in_reward.in_loss(new, old, 0.1)) == []
+    assert in_loss.in_reward(kl, 0.1).eq(0).all()
+    (term,) = in_loss.in_loss(new, old, 0.1)
+    assert (term.name, term.per, term.weight) == ("kl", "token", 0.1)
+    assert_close(term.values, torch.tensor([[0.5, 2.0]]))  # of the policy that learns
+    (gradient,) = torch.autograd.grad(term.values.sum(), new.logprobs)
+    assert_close(gradient, torch.tensor([[1.0, -2.0]]))  # minimising it pulls towards the reference
+
+
+@pytest.mark.parametrize(
+    ("kl_per_token", "factor"),
+    [
+        (1.1, 1.01),  # 2.2 nats per response against 2: error .1, ten responses of a hundred
+        (10.0, 1.02),  # clipped at .2
+        (0.0, 0.98),
+        (1.0, 1.0),
+        (0.9, 0.99),
+    ],
+)
+def test_adaptive_kl_by_hand(kl_per_token: float, factor: float):
+    controller = adaptive()
+    controller.step(torch.full((10, 2), kl_per_token - 3), torch.full((10, 2), -3.0))
+    assert controller.factor == pytest.approx(factor, rel=1e-6)
+
+
+def test_the_adaptive_factor_compounds_and_averages_over_responses_of_any_length():
+    controller = adaptive()
+    padded = torch.tensor([[3.0, 0.0], [1.0, 2.0]])  # 3 nats each: error clipped at .2
+    controller.step(padded, torch.zeros(2, 2))
+    controller.step(padded, torch.zeros(2, 2))
+    assert controller.factor == pytest.approx(1.004**2)
+
+
+def test_the_penalty_shows_the_controller_the_policy_and_the_reference_in_that_order():
+    penalty = KLPenalty(estimator="k3", placement="reward", controller=adaptive())
+    penalty.step(scored_by(torch.full((10, 1), -1.0), torch.full((10, 1), -3.2)))  # 2.2 nats by the controller's k1
+    assert penalty.controller.factor == pytest.approx(1.01, rel=1e-6)
+
+
+def test_adaptive_kl_restored_goes_on_as_if_never_stopped():
+    straight, resumed = adaptive(), adaptive()
+    for size in (3.0, 0.5):
+        straight.step(torch.full((4, 1), size), torch.zeros(4, 1))
+    resumed.load_state_dict(straight.state_dict())
+    for part in (straight, resumed):
+        part.step(torch.full((4, 1), 2.1), torch.zeros(4, 1))
+    assert resumed.factor == straight.factor != 1.0
+
+
+def test_a_fixed_coefficient_stays_and_refuses_the_state_of_another_controller():
+    fixed = FixedKL()
+    fixed.step(torch.full((4, 1), 50.0), torch.zeros(4, 1))
+    assert fixed.factor == 1.0
+    fixed.load_state_dict(fixed.state_dict())
+    with pytest.raises(ValueError, match="no state"):
+        fixed.load_state_dict(adaptive().state_dict())

@@ -1,0 +1,282 @@
+"""One run, one directory: taken by one process, refused to another configuration, never half-written."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_lab.console import Console
+from rlhf_lab.engine.checkpoint import checkpoints
+from rlhf_lab.run import Run, RunRefused, difference, is_finished
+from rlhf_lab.tracking import NoTracker
+
+CONFIG = {"seed": 3, "stage": {"steps": 4}}
+
+
+def open_run(directory: Path, **changes: object) -> Run:
+    return Run.open(
+        directory,
+        config={**CONFIG, **changes},
+        overrides=["seed=3"],
+        artifacts={},
+        tracker=NoTracker(),
+        console=Console(),
+    )
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_difference_names_every_leaf_that_differs():
+    before = {"a": {"b": 1, "c": [1, 2]}, "gone": 0}
+    after = {"a": {"b": 2, "c": [1, 2]}, "new": 0}
+    assert list(difference(before, after)) == ["a.b: 1 -> 2", "gone: 0 -> 'absent'", "new: 'absent' -> 0"]
+    assert list(difference(before, before)) == []
+
+
+def test_another_configuration_is_refused_with_the_difference_and_changes_nothing(tmp_path):
+    open_run(tmp_path).close()
+    before = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(RunRefused, match=r"stage.steps: 4 -> 5.*name="):
+        open_run(tmp_path, stage={"steps": 5})
+    assert (tmp_path / "config.yaml").read_text() == before
+    open_run(tmp_path).close()  # the first one still may
+
+
+def test_a_directory_belongs_to_one_process_at_a_time(tmp_path):
+    code = "import sys; sys.path.insert(0, sys.argv[2]); from tests_open import hold; hold(sys.argv[1])"  # see below
+    helper = tmp_path / "tests_open.py"
+    helper.write_text(
+        "import time\nfrom pathlib import Path\nfrom rlhf_lab.console import Console\nfrom rlhf_lab.run import Run\n"
+        "from rlhf_lab.tracking import NoTracker\n"
+        "def hold(directory):\n"
+        f"    run = Run.open(Path(directory), config={CONFIG!r}, overrides=[], artifacts={{}}, tracker=NoTracker(), "
+        "console=Console())\n"
+        "    print('held', flush=True)\n    time.sleep(60)\n"
+    )
+    run_directory = tmp_path / "run"
+    root = Path(__file__).resolve().parents[1]
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(run_directory), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunRefused, match=rf"in use by process {holder.pid} on .*name="):
+            open_run(run_directory)
+    finally:
+        holder.kill()
+        holder.wait()
+        assert holder.stdout is not None
+        holder.stdout.close()
+    open_run(run_directory).close()  # the lock died with its process
+
+
+def test_only_a_run_that_said_so_is_finished(tmp_path):
+    assert not is_finished(tmp_path)
+    run = open_run(tmp_path)
+    assert not is_finished(tmp_path)
+    run.save(0, {"x": torch.ones(2)})
+    run.finish({"loss": 1.0})
+    run.close()
+    assert is_finished(tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.name != ".lock"}
+    again = open_run(tmp_path)
+    assert again.finished
+    again.close()
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+
+
+def test_environment_says_with_what_and_never_the_environment_variables(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "s3cr3t-v4lue")
+    open_run(tmp_path).close()
+    said = json.loads((tmp_path / "environment.json").read_text())
+    assert (
+        said["packages"]["torch"] == torch.__version__.split("+")[0] or said["packages"]["torch"] in torch.__version__
+    )
+    assert len(said["git"]["sha"]) == 40
+    for path in tmp_path.iterdir():
+        assert "s3cr3t-v4lue" not in path.read_text()
+
+
+def test_environment_holds_the_hashes_of_what_is_read(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    run = Run.open(
+        tmp_path / "run", config=CONFIG, overrides=[], artifacts={"m": folder}, tracker=NoTracker(), console=Console()
+    )
+    run.close()
+    hashes = json.loads((tmp_path / "run/environment.json").read_text())["artifacts"]["m"]["sha256"]
+    expected = subprocess.run(["sha256sum", folder / "model.safetensors"], capture_output=True, text=True, check=True)
+    assert hashes == {"model.safetensors": expected.stdout.split()[0]}
+
+
+def filled(tmp_path: Path) -> Run:
+    """Steps 0 to 5 logged, checkpoints after 1, 3 and 5, killed in the middle of the line of step 6."""
+    run = open_run(tmp_path)
+    for step in range(6):
+        run.log(step, {"x": float(step)})
+        run.write_rows(f"samples/step_{step:06d}.jsonl", [{"step": step}])
+        if step % 2:
+            run.save(step, {"step": step, "weights": torch.full((3,), float(step))})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "x"')
+    return run
+
+
+def test_two_checkpoints_are_kept_and_the_log_goes_back_to_the_latest(tmp_path):
+    run = filled(tmp_path)
+    assert [step for step, _ in checkpoints(tmp_path / "checkpoints")] == [5, 3]
+    step, state = run.resume() or (None, {})
+    assert step == 5
+    assert state["weights"].tolist() == [5.0] * 3
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5]
+    run.close()
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "tree.json", "sha256.json"])
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "gone"])
+def test_a_damaged_checkpoint_is_said_and_the_one_before_it_taken(tmp_path, capsys, name, harm):
+    run = filled(tmp_path)
+    victim = tmp_path / "checkpoints/step_000005" / name
+    whole = victim.read_bytes()
+    if harm == "gone":
+        victim.unlink()
+    else:
+        victim.write_bytes(whole[: len(whole) // 2] if harm == "truncated" else whole[:-3] + b"?" + whole[-2:])
+    step, state = run.resume() or (None, {})
+    assert step == 3
+    assert state["weights"].tolist() == [3.0] * 3
+    assert "WARNING damaged checkpoint" in capsys.readouterr().out
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir())[-1] == "step_000003.jsonl"
+    run.close()
+
+
+def test_when_every_checkpoint_is_damaged_nothing_is_guessed(tmp_path):
+    run = filled(tmp_path)
+    for _, path in checkpoints(tmp_path / "checkpoints"):
+        (path / "tree.json").write_text("{}")
+    with pytest.raises(RunRefused, match=r"no sound checkpoint.*remove that folder"):
+        run.resume()
+    run.close()
+
+
+def test_without_a_checkpoint_the_log_begins_anew(tmp_path):
+    run = open_run(tmp_path)
+    run.log(0, {"x": 1.0})
+    assert run.resume() is None
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    run.close()
+
+
+def test_metrics_that_are_not_finite_stay_valid_json(tmp_path):
+    run = open_run(tmp_path)
+    run.log(0, {"a": float("nan"), "b": float("-inf"), "c": 1.0})
+    [line] = lines(tmp_path / "metrics.jsonl")
+    assert line == {"step": 0, "a": "nan", "b": "-inf", "c": 1.0}
+    run.close()
+
+
+def test_a_folder_takes_its_name_only_when_it_is_whole(tmp_path):
+    run = open_run(tmp_path)
+
+    def fill_and_fail() -> None:
+        with run.folder("policy") as folder:
+            (folder / "half").write_text("x")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fill_and_fail()
+    assert not [path for path in tmp_path.iterdir() if "policy" in path.name]
+    with run.folder("policy") as folder:
+        (folder / "whole").write_text("x")
+    assert [path.name for path in (tmp_path / "policy").iterdir()] == ["whole"]
+    run.close()
+
+
+def test_a_failure_leaves_its_traceback_and_success_takes_it_away(tmp_path):
+    run = open_run(tmp_path)
+    try:
+        raise RuntimeError("the reason")
+    except RuntimeError as error:
+        run.note_failure(type(error), error, None)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["error"]) == ("failed", "RuntimeError: the reason")
+    assert "test_run.py" in (tmp_path / "error.txt").read_text()
+    run.note_failure(None, None, None)
+    assert not (tmp_path / "error.txt").exists()
+    run.close()
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunRefused, match=r"cannot write to .*file/run.*runs_dir="):
+        open_run(tmp_path / "file" / "run")
+
+
+def test_a_read_only_or_full_disk_is_refused_and_nothing_is_half_written(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        run = open_run(disk / "begun")
+        free = shutil.disk_usage(disk).free
+        (disk / "ballast").write_bytes(b"0" * (free - (100 << 10)))
+        with pytest.raises(Exception, match="No space left"):
+            run.save(0, {"weights": torch.zeros(100_000)})
+        assert list((disk / "begun/checkpoints").iterdir()) == []
+        run.close()
+        with (disk / "more").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"0" * 4096)
+        with pytest.raises(RunRefused, match=r"cannot write to .*No space left.*runs_dir="):
+            open_run(disk / "run")
+        assert not is_finished(disk / "run")
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        with pytest.raises(RunRefused, match=r"cannot write to .*Read-only.*runs_dir="):
+            open_run(disk / "other")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_run_that_did_nothing_can_be_withdrawn_and_one_that_did_cannot(tmp_path):
+    idle = open_run(tmp_path / "idle")
+    idle.resume()
+    idle.withdraw()
+    idle.close()
+    assert not (tmp_path / "idle").exists()
+    for name, work in (
+        ("logged", lambda run: run.log(0, {"x": 1.0})),
+        ("saved", lambda run: run.save(0, {"x": 1})),
+        ("sampled", lambda run: run.write_rows("samples/step_000000.jsonl", [])),
+    ):
+        run = open_run(tmp_path / name)
+        work(run)
+        run.withdraw()
+        run.close()
+        assert (tmp_path / name / "config.yaml").exists()
+
+
+def test_what_was_said_before_resuming_stays_and_stands_there_once(tmp_path):
+    for _ in range(2):
+        run = open_run(tmp_path)
+        run.warn(0, "3 rows were dropped")
+        run.resume()
+        run.warn(1, "diverged")
+        run.close()
+    assert [line["message"] for line in lines(tmp_path / "warnings.jsonl")] == ["3 rows were dropped", "diverged"]
