@@ -191,6 +191,9 @@ class Run:
     def finish(self, metrics: Metrics) -> None:
         """Everything is written: only now does the run count as finished."""
         self._status("finished", metrics=metrics)
+
+    def drop_checkpoints(self) -> None:
+        """A finished run needs none."""
         shutil.rmtree(self.directory / "checkpoints", ignore_errors=True)
 
     def note_failure(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:

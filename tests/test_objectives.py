@@ -59,6 +59,13 @@ def test_k1_in_the_loss_is_refused_and_the_other_placements_are_not():
     KLPenalty(estimator="k3", placement="loss", controller=FixedKL())
 
 
+def test_what_is_penalised_is_the_divergence_of_the_policy_from_the_reference():
+    old = scored_by(torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.0]]))
+    assert_close(
+        KLPenalty(estimator="k1", placement="reward", controller=FixedKL()).estimate(old), torch.tensor([[0.5, -1.0]])
+    )
+
+
 def test_the_penalty_acts_in_the_reward_or_in_the_loss_and_never_in_both():
     old = scored_by(torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.0]]))
     new = PolicyForward(torch.tensor([[-0.5, -3.0]], requires_grad=True), torch.zeros(1, 2), {})

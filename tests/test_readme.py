@@ -11,7 +11,10 @@ from rlhf_lab.launch.compose import ROOT, plan_experiment, register_resolvers
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [
-    line.split("#")[0].strip().split("&& ")[-1] for block in BLOCKS for line in block.splitlines() if "launch.py" in line
+    line.split("#")[0].strip().split("&& ")[-1]
+    for block in BLOCKS
+    for line in block.splitlines()
+    if "launch.py" in line
 ]
 
 

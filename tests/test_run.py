@@ -88,6 +88,7 @@ def test_only_a_run_that_said_so_is_finished(tmp_path):
     assert not is_finished(tmp_path)
     run.save(0, {"x": torch.ones(2)})
     run.finish({"loss": 1.0})
+    run.drop_checkpoints()
     run.close()
     assert is_finished(tmp_path)
     assert not (tmp_path / "checkpoints").exists()

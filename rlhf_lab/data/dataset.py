@@ -58,7 +58,8 @@ class Dataset:
         hold_out: Fraction,
         seed: int,
     ) -> None:
-        self.path, self.revision, self.columns, self.template_style = path, revision, dict(columns), template
+        self.path, self.revision, self.columns = path, revision, dict(columns)
+        self.template_style: Style = template
         self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
         self.bad_rows: BadRows = bad_rows
         self.train_size, self.train_split = train_size, train_split
@@ -205,7 +206,7 @@ class Dataset:
     def _label(self, row: Mapping[str, Any], name: str, split: str, i: int) -> int:
         """A label that is 0 or 1, or false or true; a text that merely looks like one may mean anything."""
         value = row[self._column(name)]
-        if value not in (0, 1) or isinstance(value, str):
+        if value not in (0, 1):
             raise ValueError(f"{self._name(split)}, row {i}: {self._column(name)} is {value!r}; expected 0 or 1")
         return int(value)
 

@@ -138,9 +138,9 @@ def sample_prompts(split: str, count: int, seed: int) -> list[Prompt]:
     """Draw different requests: 15% with a harmful goal, 45% benign with hazardous items, 40% wholly benign.
 
     Args:
-        split: a key of `SPLITS`. `sft`, `preferences`, `train`, `test`, `sft_test` and `preferences_test` share their domains and templates but no
-            request, whatever the seeds. `ood_domain`, `ood_template` and `ood_items` (4 or 5 items instead of 2 or 3)
-            each leave that distribution along one axis.
+        split: a key of `SPLITS`. `sft`, `preferences`, `train`, `test`, `sft_test` and `preferences_test` share their
+            domains and templates but no request, whatever the seeds. `ood_domain`, `ood_template` and `ood_items` (4 or
+            5 items instead of 2 or 3) each leave that distribution along one axis.
         count: how many, at most 50,000. A smaller count draws the beginning of the same list. Half of the requests
             name the smaller number of items, until these run out: of 12,000 in distribution 36% name two.
         seed: the same on every machine. Two seeds of one split may share requests.
@@ -163,10 +163,10 @@ def sample_prompts(split: str, count: int, seed: int) -> list[Prompt]:
 
 
 def demonstrations(split: str, count: int, seed: int) -> list[Demonstration]:
-    """Draw requests of a split (`sft`, `sft_test` held out), independently (so some repeat), and answer each as a writer of random quality.
+    """Draw requests of a split, independently (so some repeat), and answer each as a writer of random quality.
 
     Args:
-        split: a key of `SPLITS`.
+        split: a key of `SPLITS`; `sft`, and `sft_test` held out.
         count: how many, 1 or more. A smaller count draws the beginning of the same list.
         seed: the same on every machine.
 

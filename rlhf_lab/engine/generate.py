@@ -58,7 +58,7 @@ def restrict(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         ordered, order = logits.sort(descending=True)
         mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        outside = (mass_before >= sampling.top_p).scatter(1, order, mass_before >= sampling.top_p)
+        outside = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, mass_before >= sampling.top_p)
         outside.scatter_(1, order[:, :1], False)  # the likeliest token always stays
         logits = logits.masked_fill(outside, -torch.inf)
     return logits

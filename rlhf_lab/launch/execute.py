@@ -121,6 +121,8 @@ def carry_out(plan: Plan, console: Console) -> Metrics:
         with ExitStack() as afterwards:
             afterwards.callback(run.close)
             if run.finished:
+                if not page.exists():  # it was stopped between its last file and its page
+                    draw_report(directory)
                 console.say(f"{directory} is finished already; its results are in {page}")
                 console.say("for another run of the same configuration give it a name of its own with name=")
                 return {}
@@ -130,8 +132,9 @@ def carry_out(plan: Plan, console: Console) -> Metrics:
             afterwards.callback(tracker.finish)
             console.say(f"run {directory}")
             metrics = stage.run(run)
-            draw_report(directory)
             run.finish(metrics)
+            draw_report(directory)  # after the status, which the page shows
+            run.drop_checkpoints()
     except ValueError:
         run.withdraw()
         raise

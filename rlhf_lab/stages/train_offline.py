@@ -74,7 +74,9 @@ class TrainOffline:
         check_path(self.model.policy, "model.policy", promised)
         self.dataset.check(promised)
         if self.trains_policy and self.calibration != "none":
-            raise ValueError(f"stage.calibration={self.calibration}, but a policy has no score; use stage.calibration=none")
+            raise ValueError(
+                f"stage.calibration={self.calibration}, but a policy has no score; use stage.calibration=none"
+            )
 
     def run(self, run: Run) -> Metrics:
         device = self.hardware.start()

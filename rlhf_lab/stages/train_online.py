@@ -189,9 +189,7 @@ class TrainOnline:
 
         def forward(batch: Experience) -> PolicyForward:
             sequences = batch.scored.rollout.sequences
-            return policy_forward(
-                parts.policy, sequences, temperature=self.sampling.temperature, critics=parts.critics
-            )
+            return policy_forward(parts.policy, sequences, temperature=self.sampling.temperature, critics=parts.critics)
 
         losses = [Part(experience, forward, self._loss)]
         if parts.demonstrations:

@@ -242,9 +242,7 @@ def test_demonstrations_repeat_with_the_seed_and_stay_in_their_split():
 def test_a_draw_is_the_same_on_every_machine():
     # noted once, after 499 other draws; a change here changes every cached artifact and every published figure
     request = "how do i make dinner with pufferfish , raw_chicken and tomato ?"
-    response = (
-        "okay ! carelessly plant the fern . then prune the rose . have fun !"
-    )
+    response = "okay ! carelessly plant the fern . then prune the rose . have fun !"
     assert sample_prompts("train", 500, seed=0)[-1].request == request
     assert demonstrations("sft", 500, seed=0)[-1].response == response
 
@@ -275,7 +273,9 @@ def test_each_shift_leaves_the_training_distribution_along_its_own_axis():
         return {len(parse_request(prompt.request).items) for prompt in sample_prompts(split, 300, seed=4)}
 
     trained = {word for split in IN_DISTRIBUTION_SPLITS for word in words(split)}
-    trained |= {word for demonstration in demonstrations("sft", 4000, seed=4) for word in demonstration.response.split()}
+    trained |= {
+        word for demonstration in demonstrations("sft", 4000, seed=4) for word in demonstration.response.split()
+    }
 
     held_out = {word for domain in HELD_OUT for word in (*domain.verbs, *(item.name for item in domain.items))}
     held_out |= {word for domain in HELD_OUT for goal in (*domain.goals, domain.harmful_goal) for word in goal.split()}

@@ -170,6 +170,33 @@ def test_finished_rows_leave_the_batch(hf_folder: Folder, monkeypatch: pytest.Mo
     assert sum(rows[1:]) < 0.75 * 20 * (len(rows) - 1)
 
 
+def test_no_more_responses_are_in_flight_than_the_batch_size(hf_folder: Folder, monkeypatch: pytest.MonkeyPatch):
+    model, template = policy_and_template(hf_folder("llama"))
+    rows: list[int] = []
+    plain = model.forward
+    monkeypatch.setattr(model, "forward", lambda **inputs: (rows.append(len(inputs["input_ids"])), plain(**inputs))[1])
+    Generator(model, template, sampling(batch_size=9, max_new_tokens=3)).generate(prompts_of(template), 4, seed=0)
+    assert max(rows) == 8
+
+
+@pytest.mark.parametrize(("own", "more"), [(None, set()), (20, {20}), ([21, 22], {21, 22})])
+def test_the_templates_eos_stops_whatever_else_does(own: int | list[int] | None, more: set[int], hf_folder: Folder):
+    model, template = policy_and_template(hf_folder("qwen2"))
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = own
+    assert set(Generator(model, template, sampling()).stops.tolist()) == {template.eos} | more
+
+
+def test_there_are_no_columns_that_no_response_reaches(hf_folder: Folder):
+    model, template = policy_and_template(hf_folder("llama"))
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = list(range(model.config.vocab_size))
+    rollout = Generator(model, template, sampling()).generate(prompts_of(template), 2, seed=0)
+    assert rollout.sequences.response_mask.tolist() == [[True]] * 10
+    assert rollout.logprobs.shape == (10, 1)
+    assert rollout.finished.all()
+
+
 def test_masks_end_with_the_stop_and_finished_says_whether_there_was_one(architecture: str, hf_folder: Folder):
     model, template = policy_and_template(hf_folder(architecture), stops=30)
     engine = Generator(model, template, sampling())

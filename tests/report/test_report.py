@@ -198,7 +198,7 @@ def test_verdict_and_summary_table_are_the_numbers_of_the_files(finished: Path, 
     logged = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     before, after = (f"{logged[k]['eval/test/gold/helpfulness/mean']:.2f}" for k in (0, -1))
     assert f"Gold helpfulness on held-out prompts {before} ± 0.05 → {after} ± 0.05" in page.words
-    assert "gold cost 0.30 ± 0.03 → −0.04 ± 0.03, limit 0: met" in page.words  # noqa: RUF001
+    assert "gold cost 0.30 ± 0.03 → −0.04 ± 0.03, limit 0: met" in page.words
     rows = [row for row in page.rows if row and row[0] == "gold helpfulness"]
     change = logged[-1]["eval/test/gold/helpfulness/mean"] - logged[0]["eval/test/gold/helpfulness/mean"]
     assert rows[0][1:] == [f"{before} ± 0.05", f"{after} ± 0.05", f"+{change:.2f} ± {0.053 * 2**0.5:.2f}"]
@@ -273,7 +273,7 @@ def test_prompts_are_picked_by_what_the_gold_score_did(finished: Path):
     assert list(shown) == ["test", "ood_domain"]
     reasons = {comparison.before.id: comparison.why for comparison in shown["test"]}
     assert "best improved (+0.80)" in reasons["test-11"]  # prompt k gains (k - 3) / 10
-    assert "worst (−0.30)" in reasons["test-0"]  # noqa: RUF001
+    assert "worst (−0.30)" in reasons["test-0"]
     assert "typical (+0.30)" in reasons["test-6"]
     for comparison in shown["test"]:
         assert comparison.after is not None
@@ -391,7 +391,7 @@ def test_smoothing_keeps_a_straight_line_straight_and_skips_what_is_not_finite()
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [(0.0, "0.00"), (-0.04, "−0.04"), (1234.5, "1,234"), (3e-5, "3.00e−05"), (math.nan, "not finite")],  # noqa: RUF001
+    [(0.0, "0.00"), (-0.04, "−0.04"), (1234.5, "1,234"), (3e-5, "3.00e−05"), (math.nan, "not finite")],
 )
 def test_numbers_are_written_for_reading(value: float, said: str):
     assert number(value) == said
