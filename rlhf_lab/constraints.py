@@ -9,6 +9,9 @@ from torch import Tensor
 from rlhf_lab.types import Count, Metrics, NonNegative, NonNegativeCount, Positive
 
 
+LARGEST_LOG = math.log(1e300)
+
+
 class Lagrangian:
     """E[cost] <= limit, priced by exp(log lambda), which climbs by plain gradient ascent.
 
@@ -26,7 +29,7 @@ class Lagrangian:
         window: number of latest responses whose mean cost is compared with the limit.
         delay: iterations before the first step, while the window fills.
         max_multiplier: cap of lambda; `inf` for none, and then a violation that lasts overflows it within a few steps
-            (d lambda / dt grows as lambda squared).
+            (d lambda / dt grows as lambda squared), which is refused as a FloatingPointError.
         min_multiplier: floor of lambda; a hair above 0 for none. A departure: the published dual has no floor.
 
     Source: Dai et al. 2023, arXiv:2310.12773, section 3.4 and appendix B.
@@ -64,6 +67,11 @@ class Lagrangian:
         if self.iterations >= self.delay:
             low, high = self.bounds
             ascended = self.log_multiplier + self.lr * self.multiplier * violation
+            if not ascended <= LARGEST_LOG:  # a NaN cost lands here too
+                raise FloatingPointError(
+                    f"the multiplier left the range of numbers (violation {violation:.3g}); "
+                    "set max_multiplier, or look at the costs"
+                )
             self.log_multiplier = min(max(ascended, low), high)
         self.iterations += 1
         at_cap = self.log_multiplier >= self.bounds[1]

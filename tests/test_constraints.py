@@ -110,3 +110,10 @@ def test_a_saved_state_does_not_change_with_the_part_that_saved_it():
     kept = copy.deepcopy(state)
     dual.step(torch.tensor([0.0]))
     assert state == kept
+
+
+@pytest.mark.parametrize("cost", [1e4, math.nan])
+def test_a_multiplier_that_leaves_the_range_of_numbers_is_said(cost: float):
+    dual = lagrangian(lr=1.0, max_multiplier=math.inf)
+    with pytest.raises(FloatingPointError, match="set max_multiplier"):
+        dual.step(torch.tensor([cost]))

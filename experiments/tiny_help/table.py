@@ -28,15 +28,15 @@ def main(runs_dir: Path, split: str) -> None:
     print(f"| seed | {' | '.join(f'{name}, before → after' for name in COLUMNS)} | λ |")
     print("| --- " * (len(COLUMNS) + 2) + "|")
     for run, row, multiplier in zip(runs, table, lambdas, strict=True):
-        cells = [f"{row[i]:.2f} → {row[i + 1]:.2f}" for i in range(0, len(row), 2)]
-        print(f"| {run.name.removeprefix('ppo_lag_s')} | {' | '.join(cells)} | {multiplier:.2f} |")
+        cells = [f"{row[i]:z.2f} → {row[i + 1]:z.2f}" for i in range(0, len(row), 2)]
+        print(f"| {run.name.removeprefix('ppo_lag_s')} | {' | '.join(cells)} | {multiplier:z.2f} |")
     width = stats.t.ppf(0.975, len(table) - 1) * table.std(0, ddof=1) / len(table) ** 0.5
     cells = [
-        f"{m[i]:.2f} ± {w[i]:.2f} → {m[i + 1]:.2f} ± {w[i + 1]:.2f}"
+        f"{m[i]:z.2f} ± {w[i]:z.2f} → {m[i + 1]:z.2f} ± {w[i + 1]:z.2f}"
         for m, w in [(table.mean(0), width)]
         for i in range(0, len(m), 2)
     ]
-    print(f"| mean | {' | '.join(cells)} | {np.mean(lambdas):.2f} |")
+    print(f"| mean | {' | '.join(cells)} | {np.mean(lambdas):z.2f} |")
 
 
 if __name__ == "__main__":
