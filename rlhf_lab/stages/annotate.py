@@ -25,7 +25,8 @@ class Annotate:
 
     Columns: id, prompt, response_0, response_1, better and safer (0 or 1), safe_0, safe_1, gold_<name>_0, gold_<name>_1
     for every gold score, and clean_better, clean_safer, clean_safe_0, clean_safe_1 before the noise. The training
-    split alone is noisy. A pair of equal responses is dropped and counted; a tie of gold scores is decided by a coin.
+    split alone is noisy. A pair of equal responses, or with an empty one, is left out and counted; a tie of gold scores
+    is decided by a coin.
 
     Args:
         better_by, safer_by: gold scores that decide; safer is the lower cost.
@@ -78,12 +79,21 @@ class Annotate:
             rows: list[dict[str, Any]] = []
             for i in run.console.steps(f"sampling pairs of {split}, shard", 0, len(parts), metrics):
                 rows += self._shard(run, engine, template, split, i, prompts[parts[i]])
-            kept = [row for row in rows if row["response_0"] != row["response_1"]]
+            different = [row for row in rows if row["response_0"] != row["response_1"]]
             if split == self.dataset.train_split:
-                self._add_noise(kept, run.seed)
+                self._add_noise(different, run.seed)
+            kept = [row for row in different if row["response_0"].strip() and row["response_1"].strip()]
             name = "train" if split == self.dataset.train_split else split
             tables[name] = kept
-            metrics |= {f"{name}/pairs": float(len(kept)), f"{name}/equal_pairs": float(len(rows) - len(kept))}
+            metrics |= {
+                f"{name}/pairs": float(len(kept)),
+                f"{name}/equal_pairs": float(len(rows) - len(different)),
+                f"{name}/empty_pairs": float(len(different) - len(kept)),
+            }
+            run.console.say(
+                f"{split}: {len(kept)} pairs; left out {len(rows) - len(different)} of equal responses "
+                f"and {len(different) - len(kept)} with an empty one"
+            )
             for gold in self.dataset.gold:
                 both = [row[f"gold_{gold}_{side}"] for row in kept for side in (0, 1)]
                 metrics[f"{name}/gold/{gold}/mean"] = sum(both) / len(both)

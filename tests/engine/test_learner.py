@@ -240,7 +240,24 @@ def test_rows_that_do_not_divide_into_minibatches_are_refused():
     assert (minibatch_count(16, 4), minibatch_count(16, 0), minibatch_count(16, 16)) == (4, 1, 1)
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_only_reported_is_averaged_over_steps_and_teaches_nothing():
+    net, twin = network(), network()
+
+    def loss(values: Tensor, batch: Rows) -> list[Term]:
+        steep = (values - values.detach()).abs().sqrt()  # 0, with an infinite slope
+        return [Term("three", torch.full_like(values, 3.0), "token", 0.0), Term("steep", steep, "token", 0.0)]
+
+    def both(values: Tensor, batch: Rows) -> list[Term]:
+        return [*terms(values, batch), *loss(values, batch)]
+
+    settings = {"epochs": 3, "minibatch_size": 4}
+    metrics = learner({"net": net}, **settings).update([part(net, rows(), loss=both)], seed=0)
+    learner({"net": twin}, **settings).update([part(twin, rows())], seed=0)
+    assert metrics["three"] == pytest.approx(3.0)
+    assert all(torch.equal(a, b) for a, b in zip(weights(net), weights(twin), strict=True))
+
+
+@pytest.mark.parametrize("where", ["loss", "infinite loss", "gradient"])
 def test_what_is_not_finite_is_refused_and_the_weights_stay(where: str):
     net = network()
     teacher = learner({"net": net}, warmup=2)
@@ -251,6 +268,8 @@ def test_what_is_not_finite_is_refused_and_the_weights_stay(where: str):
     def broken(values: Tensor, batch: Rows) -> list[Term]:
         if where == "loss":
             return [Term("policy", values * math.nan, "token")]
+        if where == "infinite loss":
+            return [Term("policy", values + math.inf, "token")]  # its gradient is finite
         return [Term("policy", (values - values).abs().sqrt(), "token")]  # 0, but its slope is infinite
 
     with pytest.raises(FloatingPointError, match="not finite at optimiser step 1; the weights were not changed"):
