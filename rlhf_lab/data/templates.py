@@ -76,7 +76,6 @@ class Template:
         mine, theirs = self.tokenizer, other.tokenizer
         return (
             self.style == other.style
-            and self.eos == other.eos
             and type(mine) is type(theirs)
             and mine.chat_template == theirs.chat_template
             and mine.get_vocab() == theirs.get_vocab()

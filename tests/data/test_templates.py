@@ -127,6 +127,12 @@ def test_two_templates_write_alike_only_if_they_give_the_same_tokens(
     assert chat.writes_like(other)
     other.tokenizer.chat_template = str(other.tokenizer.chat_template).replace("\n", " ")
     assert not chat.writes_like(other)
+    later = template("auto", architecture="qwen2")  # which differs from the second turn on
+    later.tokenizer.chat_template = str(later.tokenizer.chat_template) + "{% if messages[1:] %} {% endif %}"
+    assert not chat.writes_like(later)
+    knows_more = template()
+    knows_more.tokenizer.add_tokens(["zebra"])
+    assert not mine.writes_like(knows_more)
     ends_otherwise = template()
     ends_otherwise.eos = ends_otherwise.pad
     assert not mine.writes_like(ends_otherwise)
