@@ -138,6 +138,9 @@ class Run:
         try:
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}\n".encode())
+            for folder in (".", "checkpoints", "samples", "shards"):
+                for half_written in (directory / folder).glob(".*.tmp"):  # by a process that was killed
+                    shutil.rmtree(half_written) if half_written.is_dir() else half_written.unlink()
             frozen = directory / "config.yaml"
             if frozen.exists():
                 changed = list(difference(yaml.safe_load(frozen.read_text()), config))

@@ -281,3 +281,11 @@ def test_what_was_said_before_resuming_stays_and_stands_there_once(tmp_path):
         run.warn(1, "diverged")
         run.close()
     assert [line["message"] for line in lines(tmp_path / "warnings.jsonl")] == ["3 rows were dropped", "diverged"]
+
+
+def test_what_a_killed_process_left_half_written_is_swept_away(tmp_path):
+    (tmp_path / "checkpoints" / ".step_000002.99.tmp").mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".step_000002.99.tmp" / "tensors.safetensors").write_text("half")
+    (tmp_path / ".status.json.99.tmp").write_text("half")
+    open_run(tmp_path).close()
+    assert not list(tmp_path.rglob("*.tmp"))
