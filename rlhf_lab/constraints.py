@@ -8,7 +8,6 @@ from torch import Tensor
 
 from rlhf_lab.types import Count, Metrics, NonNegative, NonNegativeCount, Positive
 
-
 LARGEST_LOG = math.log(1e300)
 
 
