@@ -1,0 +1,45 @@
+"""Every command of the README composes, and everything it names is there."""
+
+import re
+import shlex
+from collections.abc import Callable
+
+import pytest
+
+from rlhf_lab.launch.compose import ROOT, Plan
+from rlhf_lab.launch.main import with_own_data
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+LINES = [line.split(" #")[0].strip().split("&& ")[-1] for block in BLOCKS for line in block.splitlines()]
+COMMANDS = [line for line in LINES if "launch.py" in line]
+
+
+def filled(word: str) -> str:
+    """What a person types for a word: a path where the README says <…>, one point of a sweep."""
+    word = re.sub(r"<[^>]*>", "some/path", word)
+    return word.split(",")[0] if word.startswith("seed=") else word
+
+
+def test_the_readme_has_commands_to_check():
+    assert len(COMMANDS) > 10
+    assert "python launch.py algorithm=ppo_lag reward=ensemble_uwo" in COMMANDS
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "--help" not in command])
+def test_each_command_composes(command: str, plan_of: Callable[..., Plan]):
+    words = [filled(word) for word in shlex.split(command)[2:] if word != "-m"]
+    plan = plan_of(*with_own_data(words))
+    assert plan.config["stage"]["_target_"].startswith("rlhf_lab.stages.")
+
+
+def test_every_file_that_the_readme_names_is_there():
+    named = re.findall(r"`([\w/{}.,]+\.(?:py|toml))`", README)
+    assert named
+    for name in named:
+        assert (ROOT / name).exists() or (ROOT / "rlhf_lab" / name).exists(), name
+
+
+def test_every_picture_and_page_is_there():
+    for target in re.findall(r"\[[^]]*]\((?!https)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
