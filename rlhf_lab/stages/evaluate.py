@@ -66,6 +66,8 @@ class Evaluate:
         run.resume()
         for note in self.dataset.notes:
             run.warn(0, note)
+        if self.model.policy == self.model.reference:
+            run.warn(0, "the reference is the policy itself: its KL is 0; name what it started from, model.reference=")
         metrics, rows = evaluator.evaluate(Generator(policy, template, self.sampling), scorer)
         run.write_rows("samples/step_000000.jsonl", rows)
         run.log(0, metrics)
