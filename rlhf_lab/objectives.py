@@ -24,7 +24,7 @@ class WeightedSum:
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         if not weights:
-            raise ValueError("objective.weights is empty; give at least one stream, e.g. objective.weights.helpful=1")
+            raise ValueError("objective.weights is empty; give at least one stream, e.g. +objective.weights.helpful=1")
         self.weights = dict(weights)
         self.streams = tuple(self.weights)
 

@@ -57,6 +57,10 @@ class PreferencePair:
     rejected: str
     margin: float
 
+    @property
+    def responses(self) -> tuple[str, str]:
+        return self.chosen, self.rejected
+
 
 @dataclass(frozen=True, kw_only=True)
 class SafetyPair:
@@ -70,3 +74,7 @@ class SafetyPair:
     unsafer: str
     safer_is_unsafe: bool
     unsafer_is_unsafe: bool
+
+    @property
+    def responses(self) -> tuple[str, str]:
+        return self.safer, self.unsafer

@@ -35,6 +35,8 @@ from rlhf_lab.interfaces import Tracker
 from rlhf_lab.types import Metrics
 
 KEPT_CHECKPOINTS = 2
+# settings that change nothing that a run measures
+INCIDENTAL = ("tracker", "artifacts", "hardware.threads", "stage.hardware.threads")
 PREAMBLE = {
     *(".lock", "config.yaml", "overrides.yaml", "environment.json", "status.json", "error.txt", "warnings.jsonl"),
     *("tracker.json", "wandb"),
@@ -61,23 +63,22 @@ def _git(*arguments: str) -> str:
     return answer.stdout.strip() if answer.returncode == 0 else ""
 
 
+def input_hashes(folder: Path) -> dict[str, str]:
+    """file -> digest of the weights and data in a folder that a run reads."""
+    return {
+        str(file.relative_to(folder)): sha256(file)
+        for file in sorted(folder.rglob("*"))
+        if file.suffix in {".safetensors", ".parquet"} and "checkpoints" not in file.parts
+    }
+
+
 def environment(artifacts: Mapping[str, Path]) -> dict[str, Any]:
     """Where and with what code a run runs; never the environment variables.
 
     `artifacts` maps a name to the folder that the run reads; each is listed with the hashes of its weights and data.
     """
     dirty = _git("diff", "HEAD")
-    hashed = {
-        name: {
-            "path": str(path),
-            "sha256": {
-                str(file.relative_to(path)): sha256(file)
-                for file in sorted(path.rglob("*"))
-                if file.suffix in {".safetensors", ".parquet"} and "checkpoints" not in file.parts
-            },
-        }
-        for name, path in artifacts.items()
-    }
+    hashed = {name: {"path": str(path), "sha256": input_hashes(path)} for name, path in artifacts.items()}
     return {
         "git": {"sha": _git("rev-parse", "HEAD"), "dirty": bool(dirty), "diff": dirty},
         "packages": {name: metadata.version(name) for name in PACKAGES},
@@ -143,7 +144,11 @@ class Run:
                     shutil.rmtree(half_written) if half_written.is_dir() else half_written.unlink()
             frozen = directory / "config.yaml"
             if frozen.exists():
-                changed = list(difference(yaml.safe_load(frozen.read_text()), config))
+                changed = [
+                    line
+                    for line in difference(yaml.safe_load(frozen.read_text()), config)
+                    if not line.startswith(INCIDENTAL)
+                ]
                 if changed:
                     raise RunRefused(
                         f"{directory} holds a run with another configuration ({'; '.join(changed[:8])}); "
@@ -282,6 +287,8 @@ class Run:
                 new = self._warned if name == "warnings.jsonl" else []
                 kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step and line not in new]
                 write_atomically(path, "".join(line + "\n" for line in [*kept, *new]))
+                if name == "metrics.jsonl" and kept:
+                    self.last = {key: float(value) for key, value in json.loads(kept[-1]).items() if key != "step"}
         for table in (self.directory / "samples").glob("step_*.jsonl"):
             if int(table.stem.removeprefix("step_")) > step:
                 table.unlink()

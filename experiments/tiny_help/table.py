@@ -1,4 +1,7 @@
-"""The study's table: held-out gold scores before and after, one row per seed, and means with t intervals over seeds."""
+"""The study's table: held-out gold scores before and after, one row per seed, and means with t intervals over seeds.
+
+python experiments/tiny_help/table.py [split] [runs directory]
+"""
 
 import json
 import sys
@@ -7,6 +10,9 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from rlhf_lab.run import is_finished
+
+SEEDS = range(5)
 COLUMNS = {
     "gold helpfulness": "gold/helpfulness/mean",
     "gold cost": "gold/cost/mean",
@@ -21,8 +27,10 @@ def ends(run: Path, split: str) -> list[float]:
     return [line[f"eval/{split}/{name}"] for name in COLUMNS.values() for line in (lines[0], lines[-1])]
 
 
-def main(runs_dir: Path, split: str) -> None:
-    runs = sorted((runs_dir / "tiny_help").glob("ppo_lag_s*"))
+def main(split: str, runs_dir: Path) -> None:
+    runs = [runs_dir / "tiny_help" / f"ppo_lag_s{seed}" for seed in SEEDS]
+    if unfinished := [str(run) for run in runs if not is_finished(run)]:
+        sys.exit(f"not finished: {', '.join(unfinished)}; run experiments/tiny_help/run.sh")
     table = np.array([ends(run, split) for run in runs])
     lambdas = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["lagrange/cost/lambda"] for run in runs]
     print(f"| seed | {' | '.join(f'{name}, before → after' for name in COLUMNS)} | λ |")
@@ -40,4 +48,4 @@ def main(runs_dir: Path, split: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs"), sys.argv[2] if len(sys.argv) > 2 else "test")
+    main(sys.argv[1] if len(sys.argv) > 1 else "test", Path(sys.argv[2] if len(sys.argv) > 2 else "runs"))

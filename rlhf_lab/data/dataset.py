@@ -26,7 +26,7 @@ class Dataset:
         path: a jsonl, json, csv, parquet or arrow file; a folder of such files named by split; a hub id; or the
             embedded world, `embedded:tiny_help`, which draws fresh records from a seed.
         revision: of a hub data set.
-        columns: name here -> name in the data, where they differ. Names here: prompt, response (demonstrations);
+        columns: name here -> name in the data, null where they agree. Names here: prompt, response (demonstrations);
             chosen, rejected, margin, or response_0, response_1, better (preferences); response_0, response_1, safer,
             safe_0, safe_1 (safety). `better` and `safer` are 0 or 1.
         template: how conversations are written for the model; "auto" takes the tokenizer's own if it has one.
@@ -46,7 +46,7 @@ class Dataset:
         *,
         path: str,
         revision: str | None,
-        columns: Mapping[str, str],
+        columns: Mapping[str, str | None],
         template: Style,
         max_prompt_tokens: Count,
         max_response_tokens: Count,
@@ -58,7 +58,8 @@ class Dataset:
         hold_out: Fraction,
         seed: int,
     ) -> None:
-        self.path, self.revision, self.columns = path, revision, dict(columns)
+        self.path, self.revision = path, revision
+        self.columns = {name: column for name, column in columns.items() if column is not None}
         self.template_style: Style = template
         self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
         self.bad_rows: BadRows = bad_rows
@@ -153,11 +154,7 @@ class Dataset:
         ]
 
     def safety_pairs(self, split: str, template: Template) -> list[SafetyPair]:
-        """Pairs, the safer response first.
-
-        Raises:
-            ValueError: a label contradicts itself: the safer response is unsafe and the other is safe.
-        """
+        """Pairs, the safer response first. Labels may contradict each other (the safer one unsafe): they are noisy."""
         wanted = ["prompt", "response_0", "response_1", "safer", "safe_0", "safe_1"]
         rows = self._rows(split, wanted, "a cost model")
         sides = [self._texts(row, "response_0", "response_1") for row in rows]
@@ -181,9 +178,12 @@ class Dataset:
         """(prompt, response, value) of both responses of each pair, for a column `<column>_0`, `<column>_1`."""
         wanted = ["prompt", "response_0", "response_1", f"{column}_0", f"{column}_1"]
         rows = self._rows(split, wanted, f"calibration on {column}")
+        sides = [self._texts(row, "response_0", "response_1") for row in rows]
+        pairs = list(zip(self._prompts(rows, split), sides, strict=True))
+        prompts, texts, kept = self._fitting(pairs, split, template, unique=False)
         return [
-            (prompt, row[self._column(f"response_{side}")], float(row[self._column(f"{column}_{side}")]))
-            for prompt, row in zip(self._prompts(rows, split), rows, strict=True)
+            (prompt, both[side], float(rows[i][self._column(f"{column}_{side}")]))
+            for prompt, both, i in zip(prompts, texts, kept, strict=True)
             for side in (0, 1)
         ]
 

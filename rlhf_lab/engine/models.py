@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CALIBRATION = "score_calibration"
+LEARNT = "float32"  # of what learns, and of what it is compared with: steps of 1e-5 round away in bfloat16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +40,12 @@ class ModelPaths:
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """Where and in which precision a run computes; changes nothing else."""
+    """Where a run computes, and in which precision it scores; changes nothing else."""
 
     device: str  # cpu, cuda, cuda:1, …
-    dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: Literal[
+        "float32", "bfloat16"
+    ]  # of reward and cost models; policies, references and critics compute in float32
     threads: Count  # of torch, per process; more than the free cores is slower, by far
 
     def start(self) -> torch.device:

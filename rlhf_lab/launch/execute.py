@@ -1,6 +1,7 @@
 """Carrying out a plan: its artifacts first, each built once, then the run itself, then its report."""
 
 import fcntl
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,8 +11,8 @@ from hydra.utils import instantiate
 
 from rlhf_lab.console import Console
 from rlhf_lab.launch.check import BadConfig
-from rlhf_lab.launch.compose import Plan
-from rlhf_lab.run import Run, RunRefused, difference, is_finished
+from rlhf_lab.launch.compose import ROOT, Plan
+from rlhf_lab.run import Run, RunRefused, difference, input_hashes, is_finished
 from rlhf_lab.types import Metrics
 
 # what may differ between the run that built an artifact and the run that reads it
@@ -69,6 +70,23 @@ def _check_artifact(plan: Plan, policy: str) -> None:
         raise RunRefused(f"the artifact {plan.directory} is not there; build it with: {plan.command}")
 
 
+def _check_inputs(plan: Plan) -> None:
+    """Refuse an artifact that was built from other files than those that stand there now."""
+    recorded = json.loads((plan.directory / "environment.json").read_text())["artifacts"]
+    for needed in plan.needs:
+        before = recorded[input_name(plan, needed)]["sha256"]
+        if before != input_hashes(needed.output):
+            raise RunRefused(
+                f"the artifact {plan.directory} was built from another {needed.output} than is there now; "
+                f"remove {plan.directory} to have it built again"
+            )
+
+
+def input_name(plan: Plan, needed: Plan) -> str:
+    """How the record of a run names what it read."""
+    return str(needed.output.relative_to(plan.config["runs_dir"]))
+
+
 @contextmanager
 def _building(directory: Path, console: Console) -> Iterator[None]:
     """Held by one process at a time: who comes second waits, and finds the artifact finished."""
@@ -95,6 +113,8 @@ def execute(plan: Plan) -> Metrics:
         with _building(needed.directory, console):
             if not is_finished(needed.directory):
                 carry_out(needed, console)
+    for needed in in_order(plan):
+        _check_inputs(needed)
     return carry_out(plan, console)
 
 
@@ -112,7 +132,7 @@ def carry_out(plan: Plan, console: Console) -> Metrics:
         directory,
         config=plan.config,
         overrides=list(plan.overrides),
-        artifacts={str(needed.output.relative_to(plan.config["runs_dir"])): needed.output for needed in plan.needs},
+        artifacts={input_name(plan, needed): needed.output for needed in plan.needs},
         tracker=tracker,
         console=console,
     )
@@ -135,7 +155,9 @@ def carry_out(plan: Plan, console: Console) -> Metrics:
             run.finish(metrics)
             draw_report(directory)  # after the status, which the page shows
             run.drop_checkpoints()
-    except ValueError:
+    except ValueError as error:
+        if not _is_mistake(error):
+            raise RunFailed(f"{directory} stopped: {error}; the traceback is in {directory / 'error.txt'}") from error
         run.withdraw()
         raise
     except OSError as error:
@@ -149,8 +171,17 @@ def carry_out(plan: Plan, console: Console) -> Metrics:
         raise RunFailed(
             f"{directory} stopped: {type(error).__name__}: {reason}; the traceback is in {directory / 'error.txt'}"
         ) from error
-    console.summary({"output": str(plan.output), "report": str(page), "metrics": str(directory / "metrics.jsonl")})
+    made = {"output": plan.output, "report": page, "metrics": directory / "metrics.jsonl"}
+    console.summary({what: str(path) for what, path in made.items() if path.exists()})
     return metrics
+
+
+def _is_mistake(error: ValueError) -> bool:
+    """Whether it was raised by the project's own checks, and not from within a library or by a slip of ours."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(ROOT / "rlhf_lab") in trace.tb_frame.f_code.co_filename
 
 
 def draw_report(directory: Path) -> None:

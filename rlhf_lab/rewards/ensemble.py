@@ -41,9 +41,18 @@ class Ensemble:
             member.check(promised)
 
     def load(self, hardware: Hardware, policy: Template) -> Self:
-        """Read the members' weights."""
+        """Read the members' weights.
+
+        Raises:
+            ValueError: they are not calibrated alike, on one reference set.
+        """
         for member in self.members:
             member.load(hardware, policy)
+        if len(units := {(m.calibration.method, m.calibration.fitted_on) for m in self.members}) > 1:
+            raise ValueError(
+                f"the members are calibrated differently ({'; '.join(' on '.join(unit) for unit in sorted(units))}), "
+                "so their scores cannot be compared; train them with one stage.calibration on one data set"
+            )
         return self
 
     def score(self, rollout: Rollout) -> Score:

@@ -71,6 +71,7 @@ class Annotate:
         template = Template(load_tokenizer(self.model.policy), self.dataset.template_style)
         policy = load_policy(self.model.policy, device=device, dtype=self.hardware.dtype, seed=run.seed)
         engine = Generator(policy, template, self.sampling)
+        run.resume()  # there are no checkpoints: the shards are what it continues from
         metrics: Metrics = {}
         tables: dict[str, list[dict[str, Any]]] = {}
         for split in (self.dataset.train_split, *self.dataset.splits):

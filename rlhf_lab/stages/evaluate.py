@@ -6,7 +6,7 @@ from typing import Any
 from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.templates import Template
 from rlhf_lab.engine.generate import Generator, Sampling
-from rlhf_lab.engine.models import Hardware, ModelPaths, check_path, load_frozen, load_tokenizer
+from rlhf_lab.engine.models import LEARNT, Hardware, ModelPaths, check_path, load_frozen, load_tokenizer
 from rlhf_lab.engine.score import Scorer
 from rlhf_lab.evaluation.evaluator import Evaluator
 from rlhf_lab.rewards.gold import Gold
@@ -47,7 +47,7 @@ class Evaluate:
 
     def run(self, run: Run) -> Metrics:
         device = self.hardware.start()
-        options = {"device": device, "dtype": self.hardware.dtype, "seed": derive(run.seed, "initial weights")}
+        options = {"device": device, "dtype": LEARNT, "seed": derive(run.seed, "initial weights")}
         template = Template(load_tokenizer(self.model.policy), self.dataset.template_style)
         policy = load_frozen(self.model.policy, **options)
         scorer = Scorer(

@@ -1,9 +1,11 @@
 """Learning from a data set: SFT, reward models, cost models; the same learner as everywhere."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.templates import Template
@@ -11,6 +13,7 @@ from rlhf_lab.data.tokenise import pair_batch, safety_pair_batch, sequences, tex
 from rlhf_lab.engine.forward import pair_scores, policy_forward, raw_scores
 from rlhf_lab.engine.learner import Learner, Part, Trainable
 from rlhf_lab.engine.models import (
+    LEARNT,
     Calibration,
     Hardware,
     ModelPaths,
@@ -25,6 +28,7 @@ from rlhf_lab.engine.models import (
 from rlhf_lab.engine.score import by_length
 from rlhf_lab.functional.calibration import least_squares, logistic, standardise
 from rlhf_lab.interfaces import OfflineAlgorithm
+from rlhf_lab.records import Prompt
 from rlhf_lab.run import Run
 from rlhf_lab.seeds import derive, generator
 from rlhf_lab.types import Count, Metrics, NonNegativeCount, Term, batches
@@ -54,7 +58,7 @@ class TrainOffline:
         algorithm: OfflineAlgorithm,
         model: ModelPaths,
         dataset: Dataset,
-        learner: Callable[..., Learner],
+        learner: partial[Learner],
         hardware: Hardware,
         epochs: Count,
         batch_size: Count,
@@ -68,6 +72,12 @@ class TrainOffline:
         self.calibration, self.calibration_column = calibration, calibration_column
         self.checkpoint_every, self.evaluate_every = checkpoint_every, evaluate_every
         self.trains_policy = algorithm.reads == "demonstrations"
+        settings = learner.keywords
+        if settings["epochs"] != 1 or settings["minibatch_size"]:
+            raise ValueError(
+                f"learner.epochs={settings['epochs']}, learner.minibatch_size={settings['minibatch_size']}: a run on a "
+                "data set is cut by stage.epochs and stage.batch_size; leave these two at 1 and 0"
+            )
 
     def check(self, promised: Collection[str] = ()) -> None:
         """Refuse what cannot work, before anything is loaded; `promised` paths will be there by then."""
@@ -81,17 +91,18 @@ class TrainOffline:
     def run(self, run: Run) -> Metrics:
         device = self.hardware.start()
         template = Template(load_tokenizer(self.model.policy), self.dataset.template_style)
-        seed, dtype = derive(run.seed, "initial weights"), self.hardware.dtype
-        load = (
-            (lambda: load_policy(self.model.policy, device=device, dtype=dtype, seed=seed))
-            if self.trains_policy
-            else (lambda: new_scorer(self.model.policy, device=device, dtype=dtype, seed=seed))
-        )
-        model = load()
         records = self._records(self.dataset.train_split, template)
         held_out = {split: self._records(split, template) for split in self.dataset.splits}
+        reference_set = self._reference_set(template)
+        if getattr(self.algorithm, "use_margin", False) and not any(record.margin for record in records):
+            raise ValueError(
+                f"algorithm.use_margin=true, but {self.dataset.path} has no margins; "
+                "say which column holds them with dataset.columns.margin=<column>"
+            )
         for note in self.dataset.notes:
             run.warn(0, note)
+        load = load_policy if self.trains_policy else new_scorer
+        model = load(self.model.policy, device=device, dtype=LEARNT, seed=derive(run.seed, "initial weights"))
         steps_per_epoch = -(-len(records) // self.batch_size)
         total = steps_per_epoch * self.epochs
         name = "policy" if self.trains_policy else "scorer"
@@ -100,36 +111,36 @@ class TrainOffline:
 
         first = 0
         if resumed := run.resume():
-            step, state = resumed
+            first, state = resumed
             restore_parameters(model, state["model"])
             learner.load_state_dict(state["learner"])
-            first = step + 1
         latest: Metrics = {}
-        for step in run.console.steps(self.algorithm.reads, first, total, latest):
-            epoch, place = divmod(step, steps_per_epoch)
+        for done in run.console.steps(self.algorithm.reads, first, total, latest):
+            step = done + 1  # step k is the state after k optimiser steps
+            epoch, place = divmod(done, steps_per_epoch)
             order = torch.randperm(len(records), generator=generator(run.seed, "order", epoch)).tolist()
             chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
-            torch.manual_seed(derive(run.seed, "dropout", step))
+            torch.manual_seed(derive(run.seed, "dropout", done))
             model.train()
             batch = self._batch(template, [records[i] for i in chosen])
-            metrics = _named(learner.update([self._part(model, batch)], derive(run.seed, "learner", step)))
+            metrics = _named(learner.update([self._part(model, batch)], derive(run.seed, "learner", done)))
             metrics["episode"] = float(epoch * len(records) + place * self.batch_size + len(chosen))
-            last = step + 1 == total
-            if last or (self.evaluate_every and (step + 1) % self.evaluate_every == 0):
+            last = step == total
+            if last or (self.evaluate_every and step % self.evaluate_every == 0):
                 for split, rows in held_out.items():
                     metrics |= {f"eval/{split}/{k}": v for k, v in self._evaluate(model, template, rows).items()}
             latest.update(metrics)
             run.log(step, metrics)
-            if last or (step + 1) % self.checkpoint_every == 0:
+            if last or step % self.checkpoint_every == 0:
                 run.save(step, {"model": parameters_of(model), "learner": learner.state_dict()})
 
         with run.folder(name) as folder:
             if self.trains_policy:
                 save_model(folder, model, template.tokenizer)
             else:
-                calibration = self._calibrate(run, model.eval(), template)
+                calibration = self._calibrate(run, model.eval(), template, *reference_set)
                 save_model(folder, model, template.tokenizer, calibration)
-        return run.last or latest
+        return run.last
 
     def _records(self, split: str, template: Template) -> Sequence[Any]:
         return getattr(self.dataset, self.algorithm.reads)(split, template)
@@ -158,21 +169,42 @@ class TrainOffline:
                 counts[term.name] = counts.get(term.name, 0.0) + count
         return _named({name: sums[name] / counts[name] for name in sums})
 
+    def _reference_set(self, template: Template) -> tuple[list[Prompt], list[str], Tensor]:
+        """What a value model is calibrated on: prompts, responses and their targets (none to be standardised).
+
+        Raises:
+            ValueError: no held-out split is there, or it lacks the column.
+        """
+        if self.calibration == "none":
+            return [], [], torch.zeros(0)
+        if not self.dataset.splits:
+            raise ValueError(
+                f"stage.calibration={self.calibration} needs held-out rows, and {self.dataset.path} has none; "
+                "set dataset.hold_out or dataset.eval_splits, or stage.calibration=none"
+            )
+        split = self.dataset.splits[0]
+        if self.calibration == "standardised":
+            pairs = self._records(split, template)
+            prompts = [pair.prompt for pair in pairs for _ in range(2)]
+            return prompts, [text for pair in pairs for text in pair.responses], torch.zeros(0)
+        rows = self.dataset.labelled(
+            split, "safe" if self.calibration == "labels" else self.calibration_column, template
+        )
+        return [row[0] for row in rows], [row[1] for row in rows], torch.tensor([row[2] for row in rows])
+
     @torch.no_grad()
-    def _calibrate(self, run: Run, model: "PreTrainedModel", template: Template) -> Calibration:
+    def _calibrate(
+        self,
+        run: Run,
+        model: "PreTrainedModel",
+        template: Template,
+        prompts: Sequence[Prompt],
+        texts: Sequence[str],
+        target: Tensor,
+    ) -> Calibration:
         if self.calibration == "none":
             return Calibration()
         split = self.dataset.splits[0]
-        column = "safe" if self.calibration == "labels" else self.calibration_column
-        if self.calibration == "standardised":
-            pairs = self.dataset.preferences(split, template)
-            prompts = [p.prompt for p in pairs for _ in range(2)]
-            texts = [text for p in pairs for text in (p.chosen, p.rejected)]
-            target = torch.zeros(0)
-        else:
-            rows = self.dataset.labelled(split, column, template)
-            prompts, texts = [row[0] for row in rows], [row[1] for row in rows]
-            target = torch.tensor([row[2] for row in rows])
         read = sequences(template, prompts, texts)
         raw = by_length(read, 16384, model.device, lambda part: raw_scores(model, part))
         if self.calibration == "standardised":

@@ -18,6 +18,7 @@ from rlhf_lab.engine.forward import policy_forward
 from rlhf_lab.engine.generate import Generator, Sampling
 from rlhf_lab.engine.learner import Learner, Part, minibatch_count
 from rlhf_lab.engine.models import (
+    LEARNT,
     Critics,
     Hardware,
     ModelPaths,
@@ -122,6 +123,12 @@ class TrainOnline:
         for role in ("policy", "reference", "critic"):
             check_path(getattr(self.model, role), f"model.{role}", promised)
         self.dataset.check(promised)
+        if self.demonstrations is not None:
+            self.demonstrations.check(promised)
+            if not self.ptx_coef:
+                raise ValueError(
+                    "stage.demonstrations are named, but stage.ptx_coef=0 reads none; set it, or drop them"
+                )
         for source in self.rewards.values():
             source.check(promised)
         if missing := [name for name in self.algorithm.streams if name not in self.rewards]:
@@ -145,34 +152,38 @@ class TrainOnline:
             f"template {parts.template.style}; rewards {', '.join(self.rewards)}"
         )
         latest: Metrics = {}
-        for step in run.console.steps("step", first, self.steps, latest):
-            metrics = self._evaluate(run, parts, 0) if step == 0 else {}
-            metrics |= self._iterate(parts, step, run.seed)
+        if first == 0:  # step k is the state after k iterations
+            run.log(0, self._evaluate(run, parts, 0) | {"episode": 0.0})
+        for iteration in run.console.steps("step", first, self.steps, latest):
+            step = iteration + 1
+            metrics = self._iterate(parts, iteration, run.seed)
             episode += self.batch_size
             metrics["episode"] = float(episode)
             for message in warnings(metrics):
                 run.warn(step, message)
-            last = step + 1 == self.steps
-            if last or (self.evaluate_every and (step + 1) % self.evaluate_every == 0):
-                metrics |= self._evaluate(run, parts, step + 1)
+            last = step == self.steps
+            if last or (self.evaluate_every and step % self.evaluate_every == 0):
+                metrics |= self._evaluate(run, parts, step)
             latest.update(metrics)
             run.log(step, metrics)
-            if last or (step + 1) % self.checkpoint_every == 0:
+            if last or step % self.checkpoint_every == 0:
                 run.save(step, self._state(parts, episode))
         with run.folder("policy") as folder:
             save_model(folder, parts.policy, parts.template.tokenizer)
         return run.last
 
-    def _iterate(self, parts: Parts, step: int, seed: int) -> Metrics:
+    def _iterate(self, parts: Parts, iteration: int, seed: int) -> Metrics:
         """One turn of the loop: generate, score, prepare, update."""
         begun = time.perf_counter()
-        prompts = prompt_batch(parts.template, self._prompts_of_step(parts.prompts, step, seed))
-        rollout = parts.engine.generate(prompts, self.samples_per_prompt, derive(seed, "sampling", step))
+        prompts = prompt_batch(parts.template, self._next_prompts(parts.prompts, iteration, seed))
+        rollout = parts.engine.generate(prompts, self.samples_per_prompt, derive(seed, "sampling", iteration))
         generated = time.perf_counter()
         scored = parts.scorer.score(rollout)
         experience, metrics = self.algorithm.prepare(scored)
         prepared = time.perf_counter()
-        learnt = parts.learner.update(self._losses(parts, experience, step, seed), derive(seed, "learner", step))
+        learnt = parts.learner.update(
+            self._losses(parts, experience, iteration, seed), derive(seed, "learner", iteration)
+        )
         updated = time.perf_counter()
 
         gold = {name: source.score(rollout) for name, source in parts.gold.items()}
@@ -184,7 +195,7 @@ class TrainOnline:
             "time/tokens_per_second": scored.response_mask.sum().item() / (updated - begun),
         }
 
-    def _losses(self, parts: Parts, experience: Experience, step: int, seed: int) -> list[Part]:
+    def _losses(self, parts: Parts, experience: Experience, iteration: int, seed: int) -> list[Part]:
         """The RL loss, and the likelihood of a batch of demonstrations where ptx asks for it."""
 
         def forward(batch: Experience) -> PolicyForward:
@@ -193,7 +204,7 @@ class TrainOnline:
 
         losses = [Part(experience, forward, self._loss)]
         if parts.demonstrations:
-            order = torch.randperm(len(parts.demonstrations), generator=generator(seed, "ptx", step))
+            order = torch.randperm(len(parts.demonstrations), generator=generator(seed, "ptx", iteration))
             batch = text_batch(parts.template, [parts.demonstrations[i] for i in order[: self.batch_size].tolist()])
             likelihood = partial(policy_forward, parts.policy)
             losses.append(Part(batch, lambda rows: likelihood(rows.sequences), SFT().loss, self.ptx_coef))
@@ -209,9 +220,9 @@ class TrainOnline:
             Term("entropy", new.entropy, "token", 0.0),
         ]
 
-    def _prompts_of_step(self, prompts: Sequence[Prompt], step: int, seed: int) -> list[Prompt]:
+    def _next_prompts(self, prompts: Sequence[Prompt], iteration: int, seed: int) -> list[Prompt]:
         """The next prompts of an endless sequence of epochs, each epoch in an order of its own."""
-        first = step * self.prompts_per_step
+        first = iteration * self.prompts_per_step
         places = range(first, first + self.prompts_per_step)
         orders = {
             epoch: torch.randperm(len(prompts), generator=generator(seed, "order", epoch)).tolist()
@@ -239,23 +250,19 @@ class TrainOnline:
 
     def _load(self, run: Run) -> Parts:
         """Read weights and data; everything that is shared is made here."""
-        options = {
-            "device": self.hardware.start(),
-            "dtype": self.hardware.dtype,
-            "seed": derive(run.seed, "initial weights"),
-        }
+        options = {"device": self.hardware.start(), "seed": derive(run.seed, "initial weights")}
         template = Template(load_tokenizer(self.model.policy), self.dataset.template_style)
         prompts, held_out = self._prompts(run, template)
-        policy = load_policy(self.model.policy, **options)
+        policy = load_policy(self.model.policy, dtype=LEARNT, **options)
         names = tuple(self.algorithm.critics)
-        critics = load_critics(self.model.critic, names, **options) if names else None
+        critics = load_critics(self.model.critic, names, dtype=LEARNT, **options) if names else None
         modules = {"policy": policy} if critics is None else {"policy": policy, "critic": critics}
         settings = self.learner.keywords
         updates = self.steps * settings["epochs"] * minibatch_count(self.batch_size, settings["minibatch_size"])
         learner = self.learner(modules=modules, total_updates=updates)
         scorer = Scorer(
             rewards={name: source.load(self.hardware, template) for name, source in self.rewards.items()},
-            reference=load_frozen(self.model.reference, **options),
+            reference=load_frozen(self.model.reference, dtype=LEARNT, **options),
             critics=critics,
             temperature=self.sampling.temperature,
             tokens_at_once=learner.tokens_at_once,
@@ -302,7 +309,7 @@ class TrainOnline:
         }
 
     def _resume(self, run: Run, parts: Parts) -> tuple[int, int]:
-        """(step to do next, episodes so far), with every part as it was after the last checkpoint."""
+        """(iterations done, episodes so far), with every part as it was after the last checkpoint."""
         resumed = run.resume()
         if resumed is None:
             return 0, 0
@@ -312,7 +319,7 @@ class TrainOnline:
         parts.learner.load_state_dict(state["learner"])
         for name, part in self.algorithm.stateful.items():
             part.load_state_dict(state["algorithm"][name])
-        return step + 1, state["episode"]
+        return step, state["episode"]
 
 
 def _named(means: Metrics) -> Metrics:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_lab.launch.compose import ROOT
-from rlhf_lab.launch.execute import execute
+from rlhf_lab.launch.execute import RunFailed, execute
 from rlhf_lab.run import is_finished
 
 pytestmark = pytest.mark.slow
@@ -74,13 +74,44 @@ SFT = ["debug=smoke", "algorithm=sft", "stage.epochs=8", "stage.checkpoint_every
 def test_the_same_seed_twice_gives_the_same_run_and_another_seed_another(plan_of, smoke_runs, without_reports):
     for name, seed in (("first", 0), ("second", 0), ("other", 1)):
         execute(plan_of(*RL, f"runs_dir={smoke_runs}", f"name={name}", f"seed={seed}"))
-    assert len(metrics(smoke_runs / "first")) == 8
+    assert [line["step"] for line in metrics(smoke_runs / "first")] == list(range(9))  # 0: before the first
     assert_same(metrics(smoke_runs / "first"), metrics(smoke_runs / "second"))
     assert samples(smoke_runs / "first") == samples(smoke_runs / "second")
     assert list(samples(smoke_runs / "first")) == ["step_000000.jsonl", "step_000004.jsonl", "step_000008.jsonl"]
     assert metrics(smoke_runs / "first") != metrics(smoke_runs / "other")
     weights = [(smoke_runs / name / "policy/model.safetensors").read_bytes() for name in ("first", "second")]
     assert weights[0] == weights[1]
+
+
+def test_what_was_measured_before_training_stays_beside_what_was_measured_after_each_step(
+    plan_of, smoke_runs, without_reports
+):
+    run = smoke_runs / "each"
+    execute(plan_of("debug=smoke", "stage.evaluate_every=1", f"runs_dir={smoke_runs}", f"name={run.name}"))
+    for line in metrics(run):
+        table = (run / f"samples/step_{line['step']:06d}.jsonl").read_text().splitlines()
+        rows = [row for row in map(json.loads, table) if row["split"] == "test"]
+        mean = sum(row["scores"]["helpful"] for row in rows) / len(rows)
+        assert line["eval/test/rewards/helpful/mean"] == pytest.approx(mean, abs=1e-5)
+    first, second, third = (line["eval/test/rewards/helpful/mean"] for line in metrics(run))
+    assert len({first, second, third}) == 3
+
+
+def test_samples_of_an_evaluation_at_a_checkpoint_survive_a_resume(plan_of, smoke_runs, without_reports, monkeypatch):
+    run = smoke_runs / "stopped_late"
+    typed = ["debug=smoke", "stage.checkpoint_every=1", f"runs_dir={smoke_runs}", f"name={run.name}"]
+    monkeypatch.setattr("rlhf_lab.stages.train_online.save_model", stop_here)
+    with pytest.raises(RunFailed):
+        execute(plan_of(*typed))  # every step is done, and the policy not yet written
+    monkeypatch.undo()
+    execute(plan_of(*typed))
+    assert list(samples(run)) == ["step_000000.jsonl", "step_000002.jsonl"]
+    assert [line["step"] for line in metrics(run)] == [0, 1, 2]
+    assert json.loads((run / "status.json").read_text())["metrics"]["episode"] == 16.0
+
+
+def stop_here(*_: object) -> None:
+    raise RuntimeError("stopped")
 
 
 @pytest.mark.parametrize(("kind", "typed"), [("rl", RL), ("sft", SFT)])

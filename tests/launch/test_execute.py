@@ -181,3 +181,12 @@ def test_an_artifact_of_another_configuration_is_refused(plan_of, tmp_path, with
     frozen.write_text(yaml.safe_dump(config))
     with pytest.raises(RunRefused, match=r"another configuration \(stage.batch_size: 99 -> 16.*runs_dir="):
         execute(plan_of("stage=annotate", "debug=smoke", f"runs_dir={tmp_path}"))
+
+
+def test_an_artifact_built_from_another_input_is_refused(plan_of, tmp_path, without_reports):
+    typed = ["experiments=tiny_help/reward_model", "debug=smoke", f"runs_dir={tmp_path}"]
+    execute(plan_of(*typed))
+    [rows] = (tmp_path / "tiny_help/a0/preferences/data").glob("train.parquet")
+    rows.write_bytes(rows.read_bytes() + b"0")
+    with pytest.raises(RunRefused, match=r"reward_model_s0 was built from another .*preferences/data"):
+        execute(plan_of("reward=single", "debug=smoke", f"runs_dir={tmp_path}"))

@@ -1,5 +1,7 @@
 """An ensemble is its members, kept, and one function of them; the gold source is its function."""
 
+import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -103,3 +105,17 @@ def test_gold_is_its_function_of_request_and_response(written: tuple[Rollout, Te
     expected = [len(q) * 1000.0 + len(r) for q, r in zip(requests, rollout.responses, strict=True)]
     assert score.value.tolist() == expected
     assert score.members.tolist() == [[x] for x in expected]
+
+
+def test_members_in_different_units_are_refused(
+    written: tuple[Rollout, Template], scorer_folder: Folder, tmp_path: Path
+):
+    _, template = written
+    raw = scorer_folder("llama", 0)
+    shutil.copytree(raw, tmp_path / "calibrated")
+    config = json.loads((tmp_path / "calibrated/config.json").read_text())
+    config["score_calibration"] = {"scale": 2.0, "shift": 1.0, "method": "standardised", "fitted_on": "pairs:test"}
+    (tmp_path / "calibrated/config.json").write_text(json.dumps(config))
+    ensemble = Ensemble([raw, str(tmp_path / "calibrated")], 2, mean, "auto", 200)
+    with pytest.raises(ValueError, match="calibrated differently"):
+        ensemble.load(CPU, template)
