@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rlhf_lab.data import tiny_help
@@ -16,6 +17,15 @@ GOLD: Mapping[str, Callable[[str, str], float]] = {
     "helpfulness": tiny_help.helpfulness,
     "cost": tiny_help.cost,
     "humour": tiny_help.humour,
+}
+
+
+# kind of record -> the columns that it needs, and what for
+NEEDS = {
+    "prompts": (["prompt"], "a run on prompts"),
+    "demonstrations": (["prompt", "response"], "supervised fine-tuning"),
+    "preferences": (["prompt"], "a reward model"),
+    "safety_pairs": (["prompt", "response_0", "response_1", "safer", "safe_0", "safe_1"], "a cost model"),
 }
 
 
@@ -83,13 +93,19 @@ class Dataset:
         """The true scores, if the data come from a world that has them."""
         return GOLD if self.is_world else {}
 
-    def check(self, promised: Collection[str] = ()) -> None:
-        """Raises ValueError if the path is not there, nor promised to be; reads nothing."""
+    def check(self, promised: Collection[str] = (), reads: str = "prompts") -> None:
+        """Refuse a path that is not there, nor promised to be, and a local table without the columns for `reads`.
+
+        Raises:
+            ValueError: saying what is there and what to do.
+        """
         if self.is_world or self.path in promised:
             return
         if self.path.startswith("embedded:"):
             raise ValueError(f"dataset.path={self.path}: the only embedded world is {WORLD}")
         check_table(self.path)
+        if Path(self.path).expanduser().exists():
+            self._raw(reads, self.train_split)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -115,7 +131,7 @@ class Dataset:
         if self.is_world:
             drawn = tiny_help.sample_prompts(split, self._size(split), self._seed(split))
             return self._fitting([(p, ()) for p in drawn], split, template, unique=True)[0]
-        rows = self._rows(split, ["prompt"], "a run on prompts")
+        rows = self._raw("prompts", split)
         prompts = [(prompt, ()) for prompt in self._prompts(rows, split)]
         return self._fitting(prompts, split, template, unique=True)[0]
 
@@ -126,7 +142,7 @@ class Dataset:
             drawn = tiny_help.demonstrations(split, size, seed)
             pairs = [(record.prompt, (record.response,)) for record in drawn]
         else:
-            rows = self._rows(split, ["prompt", "response"], "supervised fine-tuning")
+            rows = self._raw("demonstrations", split)
             texts = [self._texts(row, "response") for row in rows]
             pairs = list(zip(self._prompts(rows, split), texts, strict=True))
         prompts, texts, _ = self._fitting(pairs, split, template, unique=False)
@@ -134,17 +150,11 @@ class Dataset:
 
     def preferences(self, split: str, template: Template) -> list[PreferencePair]:
         """Pairs, the preferred response first."""
-        rows = self._rows(split, ["prompt"], "a reward model")
-        sided = {self._column("chosen"), self._column("rejected")} <= rows[0].keys()
-        wanted = ["chosen", "rejected"] if sided else ["response_0", "response_1", "better"]
-        if not sided and not {self._column(name) for name in wanted} <= rows[0].keys():
-            raise ValueError(
-                f"{self._name(split)} has the columns {sorted(rows[0])}, but a reward model needs 'chosen' and "
-                "'rejected', or 'response_0', 'response_1' and 'better'; map them: dataset.columns.chosen=<column> …"
-            )
+        rows = self._raw("preferences", split)
+        sided = self._is_sided(rows)
         pairs: list[tuple[Prompt, tuple[str, ...]]] = []
         for i, (prompt, row) in enumerate(zip(self._prompts(rows, split), rows, strict=True)):
-            texts = self._texts(row, *wanted[:2])
+            texts = self._texts(row, *(("chosen", "rejected") if sided else ("response_0", "response_1")))
             pairs.append((prompt, texts if sided or self._label(row, "better", split, i) == 0 else texts[::-1]))
         prompts, texts, kept = self._fitting(pairs, split, template, unique=False)
         margins = [float(rows[i].get(self._column("margin")) or 0.0) for i in kept]
@@ -155,8 +165,7 @@ class Dataset:
 
     def safety_pairs(self, split: str, template: Template) -> list[SafetyPair]:
         """Pairs, the safer response first. Labels may contradict each other (the safer one unsafe): they are noisy."""
-        wanted = ["prompt", "response_0", "response_1", "safer", "safe_0", "safe_1"]
-        rows = self._rows(split, wanted, "a cost model")
+        rows = self._raw("safety_pairs", split)
         sides = [self._texts(row, "response_0", "response_1") for row in rows]
         pairs = list(zip(self._prompts(rows, split), sides, strict=True))
         prompts, texts, kept = self._fitting(pairs, split, template, unique=False)
@@ -186,6 +195,25 @@ class Dataset:
             for prompt, both, i in zip(prompts, texts, kept, strict=True)
             for side in (0, 1)
         ]
+
+    def _raw(self, reads: str, split: str) -> Rows:
+        """The rows of a split, with the columns that `reads` needs.
+
+        Raises:
+            ValueError: a column is missing.
+        """
+        wanted, purpose = NEEDS[reads]
+        rows = self._rows(split, wanted, purpose)
+        pair = {self._column(name) for name in ("response_0", "response_1", "better")}
+        if reads == "preferences" and not self._is_sided(rows) and not pair <= rows[0].keys():
+            raise ValueError(
+                f"{self._name(split)} has the columns {sorted(rows[0])}, but a reward model needs 'chosen' and "
+                "'rejected', or 'response_0', 'response_1' and 'better'; map them: dataset.columns.chosen=<column> …"
+            )
+        return rows
+
+    def _is_sided(self, rows: Rows) -> bool:
+        return {self._column("chosen"), self._column("rejected")} <= rows[0].keys()
 
     def _column(self, name: str) -> str:
         return self.columns.get(name, name)

@@ -66,6 +66,8 @@ def _check_artifact(plan: Plan, policy: str) -> None:
                 f"the artifact {plan.directory} was built with another configuration ({'; '.join(changed[:5])}); "
                 "remove it to have it built again, or choose another place with runs_dir="
             )
+        if all(is_finished(needed.directory) for needed in plan.needs):
+            _check_inputs(plan)
     elif policy == "refuse":
         raise RunRefused(f"the artifact {plan.directory} is not there; build it with: {plan.command}")
 

@@ -82,7 +82,7 @@ class TrainOffline:
     def check(self, promised: Collection[str] = ()) -> None:
         """Refuse what cannot work, before anything is loaded; `promised` paths will be there by then."""
         check_path(self.model.policy, "model.policy", promised)
-        self.dataset.check(promised)
+        self.dataset.check(promised, self.algorithm.reads)
         if self.trains_policy and self.calibration != "none":
             raise ValueError(
                 f"stage.calibration={self.calibration}, but a policy has no score; use stage.calibration=none"

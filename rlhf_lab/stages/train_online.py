@@ -124,7 +124,7 @@ class TrainOnline:
             check_path(getattr(self.model, role), f"model.{role}", promised)
         self.dataset.check(promised)
         if self.demonstrations is not None:
-            self.demonstrations.check(promised)
+            self.demonstrations.check(promised, "demonstrations")
             if not self.ptx_coef:
                 raise ValueError(
                     "stage.demonstrations are named, but stage.ptx_coef=0 reads none; set it, or drop them"

@@ -187,3 +187,14 @@ def test_help_offers_the_options_and_cfg_job_shows_the_values(command_line):
 
 def test_nothing_is_offered_that_is_not_an_option():
     assert not list((ROOT / "conf").rglob("_*.yaml"))
+
+
+def test_a_table_without_the_column_is_refused_before_anything_is_built(refusal, tmp_path):
+    (tmp_path / "asked.jsonl").write_text('{"question": "why ?"}\n{"question": "how ?"}\n')
+    said = refusal(f"dataset.path={tmp_path / 'asked.jsonl'}")
+    assert "has the columns ['question']" in said
+    assert "dataset.columns.prompt=<column>" in said
+    said = refusal(
+        "algorithm=cost_model", f"dataset.path={tmp_path / 'asked.jsonl'}", "dataset.columns.prompt=question"
+    )
+    assert "'response_0'" in said
