@@ -11,7 +11,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from rlhf_lab.report.plots import DARK, FIGURES, LIGHT, OVERVIEW, FigureSpec, Panel, in_words, png
+from rlhf_lab.report.canvas import DARK, LIGHT, Panel, in_words, png
+from rlhf_lab.report.figures import FIGURES, OVERVIEW, FigureSpec
 from rlhf_lab.report.run import Run, Sample, read_run
 from rlhf_lab.report.summary import (
     comparisons,

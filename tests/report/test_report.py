@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlhf_lab.report.canvas import in_words, rolling_mean
+from rlhf_lab.report.figures import FIGURES, OVERVIEW
 from rlhf_lab.report.page import build_report
-from rlhf_lab.report.plots import FIGURES, OVERVIEW, by_split, in_words, multipliers, overoptimisation, rolling_mean
+from rlhf_lab.report.plots import by_split, multipliers, overoptimisation
 from rlhf_lab.report.run import read_run
 from rlhf_lab.report.summary import comparisons, duration, number, timings
 

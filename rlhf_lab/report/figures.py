@@ -1,0 +1,118 @@
+"""The figures of the page: which panels, under which heading, and how to read them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rlhf_lab.report.canvas import Panel
+from rlhf_lab.report.plots import (
+    by_split,
+    cost_against_limit,
+    diagnostics,
+    divergence,
+    divergence_estimates,
+    ensembles,
+    gold,
+    learning,
+    lengths,
+    multipliers,
+    overoptimisation,
+    overshoot,
+    overview,
+    rewards,
+    violations,
+)
+from rlhf_lab.report.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigureSpec:
+    """One figure of the report.
+
+    Args:
+        name: of its file, without `.png`.
+        title: heading on the page.
+        caption: how to read it.
+        panels: what it shows of a run; nothing when the run has no such series.
+    """
+
+    name: str
+    title: str
+    caption: str
+    panels: Callable[[Run], list[Panel]]
+
+
+OVERVIEW = FigureSpec(
+    name="overview",
+    title="The run at a glance",
+    caption="Lines are training, markers are held-out prompts with 95% intervals where they were logged.",
+    panels=overview,
+)
+FIGURES: tuple[FigureSpec, ...] = (
+    FigureSpec(
+        name="reward",
+        title="Reward",
+        caption="Left, each reward model in its own units; right, what the policy is trained on.",
+        panels=rewards,
+    ),
+    FigureSpec(
+        name="gold",
+        title="Gold scores",
+        caption="The true scores of the world, which no model of this run was shown. More is better.",
+        panels=gold,
+    ),
+    FigureSpec(
+        name="cost",
+        title="Cost against its limit",
+        caption="Less is better. The limit is in the units of the cost model, the one that is priced.",
+        panels=lambda run: cost_against_limit(run) + violations(run),
+    ),
+    FigureSpec(
+        name="lambda",
+        title="The price of the cost",
+        caption="λ rises while the cost is above its limit and falls below; red shade means that it sat at its cap.",
+        panels=lambda run: multipliers(run) + overshoot(run),
+    ),
+    FigureSpec(
+        name="kl",
+        title="Distance from the reference",
+        caption="The penalised estimate, the three estimators, and the coefficient.",
+        panels=lambda run: divergence(run) + divergence_estimates(run),
+    ),
+    FigureSpec(
+        name="proxy_gold_gap",
+        title="Proxy and gold against √KL",
+        caption="Gain since the first evaluation. Where the proxy climbs and gold does not, the reward model is being "
+        "gamed; upright strokes are the gap.",
+        panels=overoptimisation,
+    ),
+    FigureSpec(
+        name="ensemble",
+        title="Reward-model ensemble",
+        caption="Disagreement that grows means that the policy has left what the members were trained on.",
+        panels=ensembles,
+    ),
+    FigureSpec(
+        name="lengths",
+        title="Length and truncation",
+        caption="Reward that grows only with length shows here first.",
+        panels=lengths,
+    ),
+    FigureSpec(
+        name="diagnostics",
+        title="Losses and diagnostics",
+        caption="Ratio near 1, few clipped tokens and an entropy that does not collapse are healthy.",
+        panels=diagnostics,
+    ),
+    FigureSpec(
+        name="learning",
+        title="Loss and accuracy",
+        caption="Training as a line, held-out splits as markers.",
+        panels=learning,
+    ),
+    FigureSpec(
+        name="held_out",
+        title="Held-out scores by split",
+        caption="One line per split; splits are never averaged together.",
+        panels=by_split,
+    ),
+)
