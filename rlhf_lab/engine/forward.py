@@ -11,7 +11,8 @@ from rlhf_lab.types import PolicyForward, ScoreForward, Sequences
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LOGITS_AT_ONCE = 2**24  # entries of the float32 slice of logits that is alive at a time: 64 MiB
+# entries of a float32 slice of logits: 64 MiB; without gradient one is alive at a time, with it autograd keeps them all
+LOGITS_AT_ONCE = 2**24
 
 
 def _inputs(sequences: Sequences) -> tuple[dict[str, Tensor], slice]:

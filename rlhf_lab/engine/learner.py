@@ -59,7 +59,8 @@ class Learner:
         lr: module -> peak learning rate.
         epochs: passes over each batch.
         minibatch_size: rows of an optimiser step; 0 takes the whole batch.
-        tokens_at_once: budget of a microbatch, padding included; changes memory and speed only.
+        tokens_at_once: budget of a microbatch, rows times its longest row; prompts and responses are padded apart, so
+            it may hold up to twice that. Changes memory and speed only.
         schedule, warmup: of the rate; warmup in optimiser steps.
         max_grad_norm: of each module on its own; `inf` for none.
 
