@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
+from rlhf_lab.records import Prompt
 from rlhf_lab.types import Experience, Metrics, PromptBatch, Rollout, Score, ScoredRollout, Term
 
 
@@ -85,8 +86,8 @@ class Objective(Protocol):
 
     streams: tuple[str, ...]
 
-    def __call__(self, scores: Mapping[str, Tensor]) -> Tensor:
-        """(B,) each -> (B,) reward."""
+    def __call__(self, scores: Mapping[str, Tensor], prompts: Sequence[Prompt]) -> Tensor:
+        """(B,) each, and the B prompts, whose conditions may weigh the streams -> (B,) reward."""
         ...
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlhf_lab.functional.kl import KLEstimator, kl_estimate
 from rlhf_lab.interfaces import KLController
+from rlhf_lab.records import Prompt
 from rlhf_lab.types import Count, Fraction, PolicyForward, Positive, ScoredRollout, Term
 
 
@@ -28,7 +29,7 @@ class WeightedSum:
         self.weights = dict(weights)
         self.streams = tuple(self.weights)
 
-    def __call__(self, scores: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, scores: Mapping[str, Tensor], prompts: Sequence[Prompt]) -> Tensor:
         missing = [stream for stream in self.streams if stream not in scores]
         if missing:
             raise ValueError(

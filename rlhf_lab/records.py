@@ -1,8 +1,8 @@
 """What a data set holds before it is tokenised: one frozen record per row, whatever file it came from."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
 
@@ -17,11 +17,16 @@ class Message(TypedDict):
 class Prompt:
     """A conversation that ends with the user, waiting for a response.
 
+    A policy may be told, after the request, what to be: rewards to reach (RiC), tastes to serve (P-MORL). That is the
+    condition; it is no part of the request, so it changes neither the id nor what scorers read.
+
     Example: `Prompt.from_text("how do i bake bread ?")` has one message of role "user".
     """
 
     id: str
     messages: tuple[Message, ...]
+    condition: str = ""
+    weights: Mapping[str, float] = field(default_factory=dict)  # stream -> what the condition says it weighs
 
     @classmethod
     def from_text(cls, text: str) -> "Prompt":
@@ -38,6 +43,23 @@ class Prompt:
     def request(self) -> str:
         """What the user said last."""
         return self.messages[-1]["content"]
+
+    @property
+    def spoken(self) -> tuple[Message, ...]:
+        """The conversation as a policy reads it: the condition follows the last request."""
+        if not self.condition:
+            return self.messages
+        *before, last = self.messages
+        return (*before, {"role": last["role"], "content": f"{last['content']} {self.condition}"})
+
+    @property
+    def plain(self) -> "Prompt":
+        """The same request without a condition."""
+        return replace(self, condition="", weights={}) if self.condition or self.weights else self
+
+    def conditioned(self, condition: str, weights: Mapping[str, float]) -> "Prompt":
+        """The same request under this condition."""
+        return replace(self, condition=condition, weights=dict(weights))
 
 
 @dataclass(frozen=True, kw_only=True)

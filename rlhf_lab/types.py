@@ -133,6 +133,11 @@ class ScoredRollout(Batch):
         return len(self.rollout)
 
     @property
+    def columns(self) -> dict[str, Tensor]:
+        """source -> (B,) its scores."""
+        return {name: score.value for name, score in self.scores.items()}
+
+    @property
     def logprobs(self) -> Tensor:
         return self.rollout.logprobs
 

@@ -38,12 +38,12 @@ def test_weighted_sum_by_hand_and_scores_that_it_does_not_weigh_change_nothing()
     objective = WeightedSum({"helpful": 2.0, "length": -0.5})
     scores = {"length": torch.tensor([4.0, 0.0]), "helpful": torch.tensor([1.0, 3.0]), "cost": torch.tensor([9.0, 9.0])}
     assert objective.streams == ("helpful", "length")
-    assert objective(scores).tolist() == [0.0, 6.0]
+    assert objective(scores, []).tolist() == [0.0, 6.0]
 
 
 def test_a_weighed_score_that_is_missing_is_named_beside_those_that_are_there():
     with pytest.raises(ValueError, match=r"weighs \['harmless'\].* \['cost', 'helpful'\]"):
-        WeightedSum({"harmless": 1.0, "helpful": 1.0})({"helpful": torch.zeros(2), "cost": torch.zeros(2)})
+        WeightedSum({"harmless": 1.0, "helpful": 1.0})({"helpful": torch.zeros(2), "cost": torch.zeros(2)}, [])
 
 
 def test_no_weights_are_refused():

@@ -47,7 +47,7 @@ class PPO:
         kl = self.kl.estimate(scored)  # (B, T)
         penalty = self.kl.in_reward(kl, self.beta)
 
-        reward = self.objective({name: score.value for name, score in scored.scores.items()})  # (B,)
+        reward = self.objective(scored.columns, scored.rollout.prompts)  # (B,)
         rewards = token_rewards(reward, penalty, mask, self.reward_clip)  # (B, T)
         advantages, returns = gae(rewards, scored.values["reward"], mask, gamma=self.gamma, lam=self.lam)
         if self.whiten_advantages:

@@ -56,13 +56,13 @@ class PPOLagrangian:
         return self.kl_coef * self.kl.controller.factor
 
     def prepare(self, scored: ScoredRollout) -> tuple[Experience, Metrics]:
-        mask, scores = scored.response_mask, {name: score.value for name, score in scored.scores.items()}
+        mask, scores = scored.response_mask, scored.columns
         self.kl.step(scored)
         kl = self.kl.estimate(scored)  # (B, T)
         penalty = self.kl.in_reward(kl, self.beta)
         metrics: Metrics = {}
 
-        reward = self.objective(scores)  # (B,)
+        reward = self.objective(scores, scored.rollout.prompts)  # (B,)
         rewards = token_rewards(reward, penalty, mask, self.reward_clip)  # (B, T)
         advantages, returns = gae(rewards, scored.values["reward"], mask, gamma=self.gamma, lam=self.lam)
         targets, prices = {"reward": returns}, 0.0

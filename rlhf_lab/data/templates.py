@@ -54,12 +54,12 @@ class Template:
     def prompt_tokens(self, prompt: Prompt) -> list[int]:
         """The conversation up to the point where the response begins."""
         if self.style == "chat":
-            messages: list[Any] = list(prompt.messages)
+            messages: list[Any] = list(prompt.spoken)
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             return self.tokenizer(cast(str, text), add_special_tokens=False).input_ids
         dialogue = self.style == "dialogue"
         eos = str(self.tokenizer.eos_token)
-        written = _dialogue(prompt.messages) if dialogue else _safe_rlhf(prompt.messages, eos)
+        written = _dialogue(prompt.spoken) if dialogue else _safe_rlhf(prompt.spoken, eos)
         tokens = self.tokenizer(written).input_ids  # with the BOS of tokenizers that have one
         return tokens[:-1] if tokens[-1] == self.eos else tokens
 

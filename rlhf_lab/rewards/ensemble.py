@@ -19,6 +19,7 @@ class Ensemble:
         members: paths of the member models.
         k: how many there must be; the default members are seeds 0 to k - 1.
         aggregate: (B, k) -> (B,), from `functional/aggregate.py`; the same function serves best-of-n.
+        condition: what the members are told after each request, see `ScalarModel`.
 
     Raises:
         ValueError: there are not k members, or too few of them for the aggregate.
@@ -27,11 +28,17 @@ class Ensemble:
     """
 
     def __init__(
-        self, members: Sequence[str], k: Count, aggregate: Aggregate, template: Style, tokens_at_once: Count
+        self,
+        members: Sequence[str],
+        k: Count,
+        aggregate: Aggregate,
+        template: Style,
+        tokens_at_once: Count,
+        condition: str = "",
     ) -> None:
         if len(members) != k:
             raise ValueError(f"reward_ensemble.k={k}, but {len(members)} members are named; set k to their number")
-        self.members = [ScalarModel(path, template, tokens_at_once) for path in members]
+        self.members = [ScalarModel(path, template, tokens_at_once, condition) for path in members]
         aggregate(torch.zeros(1, k))  # refuses a k that it cannot take (a variance of one) before anything is loaded
         self.aggregate = aggregate
 

@@ -20,10 +20,12 @@ class ScalarModel:
         path: folder or hub id of a one-label sequence classifier.
         template: how it writes conversations; "auto" as it was saved.
         tokens_at_once: budget of one forward.
+        condition: what this model is told after each request, for one that was trained to read it (a preference);
+            what the policy is told, it never sees.
     """
 
-    def __init__(self, path: str, template: Style, tokens_at_once: Count) -> None:
-        self.path, self.tokens_at_once = path, tokens_at_once
+    def __init__(self, path: str, template: Style, tokens_at_once: Count, condition: str = "") -> None:
+        self.path, self.tokens_at_once, self.condition = path, tokens_at_once, condition
         self.style: Style = template
 
     def check(self, promised: Collection[str] = ()) -> None:
@@ -43,8 +45,10 @@ class ScalarModel:
     def score(self, rollout: Rollout) -> Score:
         """(B,) calibrated scores. A response that was cut is scored as it stands, without an EOS that it never had."""
         read = rollout.sequences
-        if not self.reads_tokens:
-            read = sequences(self.template, rollout.prompts, rollout.responses, rollout.finished.tolist())
+        conditioned = any(prompt.condition for prompt in rollout.prompts)
+        if not self.reads_tokens or conditioned or self.condition:
+            asked = [prompt.plain.conditioned(self.condition, {}) for prompt in rollout.prompts]
+            read = sequences(self.template, asked, rollout.responses, rollout.finished.tolist())
         raw = by_length(read, self.tokens_at_once, self.model.device, lambda part: raw_scores(self.model, part))
         value = self.calibration(raw)
         return Score(value=value, members=value[:, None])

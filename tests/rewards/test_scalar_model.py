@@ -143,3 +143,20 @@ def test_a_folder_that_is_not_there_is_refused_before_loading(tmp_path: Path):
     with pytest.raises(ValueError, match=r"reward model=.*rm: no such folder"):
         source.check()
     source.check(promised=[str(tmp_path / "rm")])
+
+
+def test_a_scorer_never_reads_what_the_policy_was_told(hf_folder: Folder, scorer_folder: Folder):
+    rollout, template = rollout_of(hf_folder("qwen2"))
+    source = ScalarModel(scorer_folder("gpt2"), "auto", tokens_at_once=300).load(CPU, template)
+    told = replace(rollout, prompts=[prompt.conditioned("bread bread", {"helpful": 1.0}) for prompt in rollout.prompts])
+    assert torch.equal(source.score(told).value, source.score(rollout).value)
+
+
+def test_a_conditioned_scorer_reads_its_own_condition(hf_folder: Folder, scorer_folder: Folder):
+    rollout, template = rollout_of(hf_folder("qwen2"))
+    folder = scorer_folder("qwen2")
+    plain, asked = (
+        ScalarModel(folder, "auto", 300, condition).load(CPU, template).score(rollout).value
+        for condition in ("", "flour")
+    )
+    assert (asked - plain).abs().min() > 1e-6
