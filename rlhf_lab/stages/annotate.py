@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,11 +25,12 @@ class Annotate:
 
     Columns: id, prompt, response_0, response_1, better and safer (0 or 1), safe_0, safe_1, gold_<name>_0, gold_<name>_1
     for every gold score, and clean_better, clean_safer, clean_safe_0, clean_safe_1 before the noise. The training
-    split alone is noisy. A pair of equal responses, or with an empty one, is left out and counted; a tie of gold scores
-    is decided by a coin.
+    split alone is noisy. A pair of equal responses, or with an empty one, is left out and counted.
 
     Args:
-        better_by, safer_by: gold scores that decide; safer is the lower cost.
+        better_by, safer_by: gold scores that decide; safer is the lower cost. A tie of costs is decided by a coin.
+        ties: of the scores `better_by`: "coin" decides them by one; "drop" leaves the pair out and counts it, for a
+            score that most pairs tie in, whose coins would drown the rest.
         safe_below: a response whose cost is at most this is safe.
         preference_noise, safety_noise: share of the training pairs' better/safer labels that are flipped, exactly.
         verdict_noise: share of the training responses' safe labels that are flipped, exactly.
@@ -45,6 +46,7 @@ class Annotate:
         hardware: Hardware,
         better_by: str,
         safer_by: str,
+        ties: Literal["coin", "drop"],
         safe_below: float,
         preference_noise: Fraction,
         safety_noise: Fraction,
@@ -53,6 +55,7 @@ class Annotate:
     ) -> None:
         self.model, self.dataset, self.sampling, self.hardware = model, dataset, sampling, hardware
         self.better_by, self.safer_by, self.safe_below = better_by, safer_by, safe_below
+        self.ties = ties
         self.preference_noise, self.safety_noise = preference_noise, safety_noise
         self.verdict_noise, self.prompts_per_shard = verdict_noise, prompts_per_shard
 
@@ -80,7 +83,8 @@ class Annotate:
             rows: list[dict[str, Any]] = []
             for i in run.console.steps(f"sampling pairs of {split}, shard", 0, len(parts), metrics):
                 rows += self._shard(run, engine, template, split, i, prompts[parts[i]])
-            different = [row for row in rows if row["response_0"] != row["response_1"]]
+            unequal = [row for row in rows if row["response_0"] != row["response_1"]]
+            different = [row for row in unequal if self.ties == "coin" or not self._is_tie(row)]
             if split == self.dataset.train_split:
                 self._add_noise(different, run.seed)
             kept = [row for row in different if row["response_0"].strip() and row["response_1"].strip()]
@@ -88,13 +92,19 @@ class Annotate:
             tables[name] = kept
             metrics |= {
                 f"{name}/pairs": float(len(kept)),
-                f"{name}/equal_pairs": float(len(rows) - len(different)),
+                f"{name}/equal_pairs": float(len(rows) - len(unequal)),
+                f"{name}/tied_pairs": float(len(unequal) - len(different)),
                 f"{name}/empty_pairs": float(len(different) - len(kept)),
             }
             run.console.say(
-                f"{split}: {len(kept)} pairs; left out {len(rows) - len(different)} of equal responses "
-                f"and {len(different) - len(kept)} with an empty one"
+                f"{split}: {len(kept)} pairs; left out {len(rows) - len(unequal)} of equal responses, "
+                f"{len(unequal) - len(different)} tied and {len(different) - len(kept)} with an empty one"
             )
+            if not kept:
+                raise ValueError(
+                    f"no pair of {split} is left of {len(rows)}: {self.better_by} ties in {len(unequal)} pairs of "
+                    "unequal responses; draw more prompts, or decide ties by a coin (stage.ties=coin)"
+                )
             for gold in self.dataset.gold:
                 both = [row[f"gold_{gold}_{side}"] for row in kept for side in (0, 1)]
                 metrics[f"{name}/gold/{gold}/mean"] = sum(both) / len(both)
@@ -116,6 +126,9 @@ class Annotate:
             with run.folder(str(folder)) as temporary:
                 write_table(rows, temporary / "rows.parquet")
         return read_table(done)
+
+    def _is_tie(self, row: dict[str, Any]) -> bool:
+        return row[f"gold_{self.better_by}_0"] == row[f"gold_{self.better_by}_1"]
 
     def _rows(
         self, responses: Sequence[str], prompts: Sequence[Prompt], gold: dict[str, Tensor], coin: torch.Generator
