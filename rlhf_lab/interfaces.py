@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -23,7 +23,10 @@ class OfflineAlgorithm(Protocol):
     Hyper-parameters are its fields and mathematics its methods; it has no weights, tokens, device or config.
     """
 
+    trains: ClassVar[str]  # what it makes of a model: policy, scorer
     reads: ClassVar[str]  # which records of a data set it learns from: demonstrations, preferences, safety_pairs
+    # A method may also have `uses_reference: ClassVar[bool]`: its pairs then carry the reference's log-probabilities;
+    # and be `Observant`, if a part of it changes from step to step.
 
     def loss(self, new: Any, batch: Any) -> Sequence[Term]:
         """The summands of the loss of one microbatch, unaveraged; pure."""

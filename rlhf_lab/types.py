@@ -29,6 +29,8 @@ def _map(value: Any, change: Any) -> Any:
     """Apply `change` to every row-wise leaf (tensor or list) of a nested batch."""
     if isinstance(value, Batch):
         return value.map(change)
+    if isinstance(value, tuple):
+        return tuple(_map(entry, change) for entry in value)
     if isinstance(value, Mapping):
         return {key: _map(entry, change) for key, entry in value.items()}
     return change(value)
@@ -176,6 +178,10 @@ class TextBatch(Batch):
         return len(self.sequences)
 
     @property
+    def texts(self) -> tuple[Sequences, ...]:
+        return (self.sequences,)
+
+    @property
     def token_mask(self) -> Tensor:
         return self.sequences.response_mask
 
@@ -191,12 +197,15 @@ class PairBatch(Batch):
     chosen: Sequences
     rejected: Sequences
     margin: Tensor  # (B,) by how much, in the units of the data; 0 when they do not say
+    reference: tuple[
+        Tensor, ...
+    ] = ()  # (B,) log-probability of each response under the reference, if a method reads it
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     @property
-    def pair(self) -> tuple[Sequences, Sequences]:
+    def texts(self) -> tuple[Sequences, ...]:
         return self.chosen, self.rejected
 
     @property
@@ -217,7 +226,7 @@ class SafetyPairBatch(Batch):
         return len(self.safer)
 
     @property
-    def pair(self) -> tuple[Sequences, Sequences]:
+    def texts(self) -> tuple[Sequences, ...]:
         return self.safer, self.unsafer
 
     @property
@@ -237,6 +246,14 @@ class PolicyForward:
     def sequence_logprobs(self) -> Tensor:
         """(B,): log-probability of each whole response."""
         return self.logprobs.sum(1)
+
+
+@dataclass(frozen=True)
+class PairForward:
+    """What a policy says of the two responses of each row; carries gradient."""
+
+    chosen: PolicyForward
+    rejected: PolicyForward
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ class CostModel:
     Source: Dai et al. 2023, arXiv:2310.12773, eq. 6.
     """
 
+    trains: ClassVar[str] = "scorer"
     reads: ClassVar[str] = "safety_pairs"
 
     sign_weight: NonNegative

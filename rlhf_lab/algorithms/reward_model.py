@@ -20,6 +20,7 @@ class RewardModel:
     margin as in Llama 2, arXiv:2307.09288, eq. 2.
     """
 
+    trains: ClassVar[str] = "scorer"
     reads: ClassVar[str] = "preferences"
 
     l2: NonNegative

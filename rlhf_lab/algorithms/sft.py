@@ -11,6 +11,7 @@ from rlhf_lab.types import PolicyForward, Term, TextBatch
 class SFT:
     """Cross-entropy on response tokens only, every token weighing the same."""
 
+    trains: ClassVar[str] = "policy"
     reads: ClassVar[str] = "demonstrations"
 
     def loss(self, new: PolicyForward, batch: TextBatch) -> Sequence[Term]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lab.engine.models import Critics
-from rlhf_lab.types import PolicyForward, ScoreForward, Sequences
+from rlhf_lab.types import PairForward, PolicyForward, ScoreForward, Sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,7 +87,13 @@ def raw_scores(model: "PreTrainedModel", sequences: Sequences) -> Tensor:
     return model.get_submodule("score")(hidden[torch.arange(len(hidden)), last]).float()[:, 0]
 
 
-def pair_scores(model: "PreTrainedModel", pair: tuple[Sequences, Sequences]) -> ScoreForward:
-    """Raw scores of the two responses of each row."""
-    first, second = pair
+def text_scores(model: "PreTrainedModel", texts: tuple[Sequences, ...]) -> ScoreForward:
+    """A value model's raw scores of the two responses of each row."""
+    first, second = texts
     return ScoreForward(raw_scores(model, first), raw_scores(model, second))
+
+
+def text_logprobs(model: "PreTrainedModel", texts: tuple[Sequences, ...]) -> PolicyForward | PairForward:
+    """What a policy says of the response, or of the two responses, of each row."""
+    said = [policy_forward(model, text) for text in texts]
+    return said[0] if len(said) == 1 else PairForward(*said)

@@ -1,23 +1,25 @@
 """Learning from a data set: SFT, reward models, cost models; the same learner as everywhere."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.templates import Template
-from rlhf_lab.data.tokenise import pair_batch, safety_pair_batch, sequences, text_batch
-from rlhf_lab.engine.forward import pair_scores, policy_forward, raw_scores
+from rlhf_lab.data.tokenise import pair_batch, safety_pair_batch, text_batch
+from rlhf_lab.engine.forward import policy_forward, text_logprobs, text_scores
 from rlhf_lab.engine.learner import Learner, Part, Trainable
 from rlhf_lab.engine.models import (
     LEARNT,
-    Calibration,
     Hardware,
     ModelPaths,
     check_path,
+    load_frozen,
     load_policy,
     load_tokenizer,
     new_scorer,
@@ -26,17 +28,30 @@ from rlhf_lab.engine.models import (
     save_model,
 )
 from rlhf_lab.engine.score import by_length
-from rlhf_lab.functional.calibration import least_squares, logistic, standardise
-from rlhf_lab.interfaces import OfflineAlgorithm
-from rlhf_lab.records import Prompt
+from rlhf_lab.interfaces import Observant, OfflineAlgorithm, Stateful
 from rlhf_lab.run import Run
 from rlhf_lab.seeds import derive, generator
+from rlhf_lab.stages.calibrate import CalibrationMethod, ReferenceSet
 from rlhf_lab.types import Count, Metrics, NonNegativeCount, Term, batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CalibrationMethod = Literal["none", "standardised", "gold", "labels"]
+# kind of record -> how records are put into a batch
+BATCHES = {"demonstrations": text_batch, "preferences": pair_batch, "safety_pairs": safety_pair_batch}
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """The records of one split, and (N,) columns of what the reference says of each of their responses."""
+
+    records: Sequence[Any]
+    reference: tuple[Tensor, ...]
+
+    def batch(self, reads: str, template: Template, index: Tensor) -> Any:
+        """The rows `index` as a batch."""
+        batch = BATCHES[reads](template, [self.records[i] for i in index.tolist()])
+        return replace(batch, reference=tuple(column[index] for column in self.reference)) if self.reference else batch
 
 
 class TrainOffline:
@@ -69,9 +84,10 @@ class TrainOffline:
     ) -> None:
         self.algorithm, self.model, self.dataset, self.learner = algorithm, model, dataset, learner
         self.hardware, self.epochs, self.batch_size = hardware, epochs, batch_size
-        self.calibration, self.calibration_column = calibration, calibration_column
+        self.calibration: CalibrationMethod = calibration
+        self.calibration_column = calibration_column
         self.checkpoint_every, self.evaluate_every = checkpoint_every, evaluate_every
-        self.trains_policy = algorithm.reads == "demonstrations"
+        self.trains_policy = algorithm.trains == "policy"
         settings = learner.keywords
         if settings["epochs"] != 1 or settings["minibatch_size"]:
             raise ValueError(
@@ -82,18 +98,27 @@ class TrainOffline:
     def check(self, promised: Collection[str] = ()) -> None:
         """Refuse what cannot work, before anything is loaded; `promised` paths will be there by then."""
         check_path(self.model.policy, "model.policy", promised)
+        if getattr(self.algorithm, "uses_reference", False):
+            check_path(self.model.reference, "model.reference", promised)
         self.dataset.check(promised, self.algorithm.reads)
         if self.trains_policy and self.calibration != "none":
             raise ValueError(
                 f"stage.calibration={self.calibration}, but a policy has no score; use stage.calibration=none"
             )
 
+    @property
+    def stateful(self) -> Mapping[str, Stateful]:
+        """The parts of the method that change during a run; most have none."""
+        return self.algorithm.stateful if isinstance(self.algorithm, Observant) else {}
+
     def run(self, run: Run) -> Metrics:
         device = self.hardware.start()
         template = Template(load_tokenizer(self.model.policy), self.dataset.template_style)
         records = self._records(self.dataset.train_split, template)
         held_out = {split: self._records(split, template) for split in self.dataset.splits}
-        reference_set = self._reference_set(template)
+        reference_set = ReferenceSet.read(
+            self.dataset, self.algorithm.reads, template, self.calibration, self.calibration_column
+        )
         if getattr(self.algorithm, "use_margin", False) and not any(record.margin for record in records):
             raise ValueError(
                 f"algorithm.use_margin=true, but {self.dataset.path} has no margins; "
@@ -101,6 +126,8 @@ class TrainOffline:
             )
         for note in self.dataset.notes:
             run.warn(0, note)
+        lesson = self._with_reference(run, self.dataset.train_split, template, records)
+        exams = {split: self._with_reference(run, split, template, rows) for split, rows in held_out.items()}
         load = load_policy if self.trains_policy else new_scorer
         model = load(self.model.policy, device=device, dtype=LEARNT, seed=derive(run.seed, "initial weights"))
         steps_per_epoch = -(-len(records) // self.batch_size)
@@ -109,117 +136,100 @@ class TrainOffline:
         learner = self.learner(modules={name: model}, total_updates=total)
         run.console.say(f"{len(records)} rows, {total} steps of {self.batch_size}; template {template.style}")
 
-        first = 0
-        if resumed := run.resume():
-            first, state = resumed
-            restore_parameters(model, state["model"])
-            learner.load_state_dict(state["learner"])
+        first = self._resume(run, model, learner)
         latest: Metrics = {}
         for done in run.console.steps(self.algorithm.reads, first, total, latest):
             step = done + 1  # step k is the state after k optimiser steps
             epoch, place = divmod(done, steps_per_epoch)
-            order = torch.randperm(len(records), generator=generator(run.seed, "order", epoch)).tolist()
+            order = torch.randperm(len(records), generator=generator(run.seed, "order", epoch))
             chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
             torch.manual_seed(derive(run.seed, "dropout", done))
             model.train()
-            batch = self._batch(template, [records[i] for i in chosen])
-            metrics = _named(learner.update([self._part(model, batch)], derive(run.seed, "learner", done)))
+            batch = lesson.batch(self.algorithm.reads, template, chosen)
+            means = learner.update([self._part(model, batch)], derive(run.seed, "learner", done))
+            metrics = _named(means)
+            if isinstance(self.algorithm, Observant):
+                metrics |= self.algorithm.observe(means)
             metrics["episode"] = float(epoch * len(records) + place * self.batch_size + len(chosen))
             last = step == total
             if last or (self.evaluate_every and step % self.evaluate_every == 0):
-                for split, rows in held_out.items():
-                    metrics |= {f"eval/{split}/{k}": v for k, v in self._evaluate(model, template, rows).items()}
+                for split, exam in exams.items():
+                    metrics |= {f"eval/{split}/{k}": v for k, v in self._evaluate(model, template, exam).items()}
             latest.update(metrics)
             run.log(step, metrics)
             if last or step % self.checkpoint_every == 0:
-                run.save(step, {"model": parameters_of(model), "learner": learner.state_dict()})
+                run.save(step, self._state(model, learner))
 
         with run.folder(name) as folder:
             if self.trains_policy:
                 save_model(folder, model, template.tokenizer)
             else:
-                calibration = self._calibrate(run, model.eval(), template, *reference_set)
+                calibration = reference_set.calibrate(model.eval(), template, self.calibration, run.console)
                 save_model(folder, model, template.tokenizer, calibration)
         return run.last
+
+    def _state(self, model: "PreTrainedModel", learner: Learner) -> dict[str, Any]:
+        """Everything that changes during a run; random numbers are derived from the step and need no saving."""
+        return {
+            "model": parameters_of(model),
+            "learner": learner.state_dict(),
+            "algorithm": {name: part.state_dict() for name, part in self.stateful.items()},
+        }
+
+    def _resume(self, run: Run, model: "PreTrainedModel", learner: Learner) -> int:
+        """Optimiser steps done, with every part as it was after the last checkpoint."""
+        resumed = run.resume()
+        if resumed is None:
+            return 0
+        step, state = resumed
+        restore_parameters(model, state["model"])
+        learner.load_state_dict(state["learner"])
+        for name, part in self.stateful.items():
+            part.load_state_dict(state["algorithm"][name])
+        return step
 
     def _records(self, split: str, template: Template) -> Sequence[Any]:
         return getattr(self.dataset, self.algorithm.reads)(split, template)
 
-    def _batch(self, template: Template, records: Sequence[Any]) -> Trainable:
-        make = {"demonstrations": text_batch, "preferences": pair_batch, "safety_pairs": safety_pair_batch}
-        return make[self.algorithm.reads](template, records)
-
     def _part(self, model: "PreTrainedModel", batch: Trainable) -> Part:
-        if self.trains_policy:
-            return Part(batch, lambda rows: policy_forward(model, rows.sequences), self.algorithm.loss)
-        return Part(batch, lambda rows: pair_scores(model, rows.pair), self.algorithm.loss)
+        forward = text_logprobs if self.trains_policy else text_scores
+        return Part(batch, lambda rows: forward(model, rows.texts), self.algorithm.loss)
+
+    def _with_reference(self, run: Run, split: str, template: Template, records: Sequence[Any]) -> Lesson:
+        """The records, and what the reference says of their responses, which is computed once and kept on disk."""
+        if not getattr(self.algorithm, "uses_reference", False):
+            return Lesson(records, ())
+        kept = run.directory / "reference" / split / "logprobs.safetensors"
+        if not kept.exists():
+            device = self.hardware.start()
+            options = {"device": device, "dtype": LEARNT, "seed": derive(run.seed, "initial weights")}
+            reference = load_frozen(self.model.reference, **options)
+            batch = BATCHES[self.algorithm.reads](template, records)
+            budget = self.learner.keywords["tokens_at_once"]
+            columns = [
+                by_length(text, budget, device, lambda part: policy_forward(reference, part).sequence_logprobs)
+                for text in batch.texts
+            ]
+            with run.folder(f"reference/{split}") as folder:
+                save_file({str(i): column for i, column in enumerate(columns)}, folder / "logprobs.safetensors")
+        saved = load_file(kept)
+        return Lesson(records, tuple(saved[str(i)] for i in range(len(saved))))
 
     @torch.no_grad()
-    def _evaluate(self, model: "PreTrainedModel", template: Template, records: Sequence[Any]) -> Metrics:
+    def _evaluate(self, model: "PreTrainedModel", template: Template, lesson: Lesson) -> Metrics:
         """Means over held-out rows (a per-token term: over their tokens)."""
         model.eval()
         sums: dict[str, float] = {}
         counts: dict[str, float] = {}
-        for part in batches(len(records), self.batch_size):
-            batch = self._batch(template, records[part]).to(model.device)
+        for part in batches(len(lesson.records), self.batch_size):
+            index = torch.arange(part.start, part.stop)
+            batch = lesson.batch(self.algorithm.reads, template, index).to(model.device)
             piece = self._part(model, batch)
             for term in piece.loss(piece.forward(batch), batch):
                 values, count = _total(term, batch)
                 sums[term.name] = sums.get(term.name, 0.0) + values
                 counts[term.name] = counts.get(term.name, 0.0) + count
         return _named({name: sums[name] / counts[name] for name in sums})
-
-    def _reference_set(self, template: Template) -> tuple[list[Prompt], list[str], Tensor]:
-        """What a value model is calibrated on: prompts, responses and their targets (none to be standardised).
-
-        Raises:
-            ValueError: no held-out split is there, or it lacks the column.
-        """
-        if self.calibration == "none":
-            return [], [], torch.zeros(0)
-        if not self.dataset.splits:
-            raise ValueError(
-                f"stage.calibration={self.calibration} needs held-out rows, and {self.dataset.path} has none; "
-                "set dataset.hold_out or dataset.eval_splits, or stage.calibration=none"
-            )
-        split = self.dataset.splits[0]
-        if self.calibration == "standardised":
-            pairs = self._records(split, template)
-            prompts = [pair.prompt for pair in pairs for _ in range(2)]
-            return prompts, [text for pair in pairs for text in pair.responses], torch.zeros(0)
-        rows = self.dataset.labelled(
-            split, "safe" if self.calibration == "labels" else self.calibration_column, template
-        )
-        return [row[0] for row in rows], [row[1] for row in rows], torch.tensor([row[2] for row in rows])
-
-    @torch.no_grad()
-    def _calibrate(
-        self,
-        run: Run,
-        model: "PreTrainedModel",
-        template: Template,
-        prompts: Sequence[Prompt],
-        texts: Sequence[str],
-        target: Tensor,
-    ) -> Calibration:
-        if self.calibration == "none":
-            return Calibration()
-        split = self.dataset.splits[0]
-        read = sequences(template, prompts, texts)
-        raw = by_length(read, 16384, model.device, lambda part: raw_scores(model, part))
-        if self.calibration == "standardised":
-            scale, shift = standardise(raw)
-        elif self.calibration == "gold":
-            scale, shift = least_squares(raw, target)
-        else:
-            scale, shift = logistic(raw, 1 - target)
-        calibration = Calibration(scale, shift, self.calibration, f"{self.dataset.path}:{split}")
-        agreement = f", correlation {torch.corrcoef(torch.stack([raw, target]))[0, 1]:.3f}" if len(target) else ""
-        run.console.say(
-            f"calibrated ({self.calibration}) on {len(raw)} responses of {split}: "
-            f"score = {scale:.3f} raw {shift:+.3f}{agreement}"
-        )
-        return calibration
 
 
 def _total(term: Term, batch: Any) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from rlhf_lab.data.tokenise import join, pad
 from rlhf_lab.engine import forward
-from rlhf_lab.engine.forward import critic_values, pair_scores, policy_forward, raw_scores, token_logprobs
+from rlhf_lab.engine.forward import critic_values, policy_forward, raw_scores, text_scores, token_logprobs
 from rlhf_lab.engine.models import Critics, load_critics, load_policy
 from rlhf_lab.types import Sequences
 
@@ -244,10 +244,10 @@ def test_raw_scores_of_an_empty_response_are_those_of_its_prompt(scorer_folder: 
     close(raw_scores(model, alone)[0], model(input_ids=torch.tensor([[7, 8, 9]])).logits[0, 0])
 
 
-def test_pair_scores_are_the_raw_scores_of_each_side(scorer_folder: Folder, ragged: Ragged):
+def test_text_scores_are_the_raw_scores_of_each_side(scorer_folder: Folder, ragged: Ragged):
     model = scorer_of(scorer_folder("opt"))
     first, second = (ragged(model.config.vocab_size, 3, seed=s)[0] for s in (1, 2))
-    found = pair_scores(model, (first, second))
+    found = text_scores(model, (first, second))
     close(found.first, raw_scores(model, first))
     close(found.second, raw_scores(model, second))
     assert not torch.allclose(found.first, found.second)
