@@ -33,6 +33,20 @@ class OfflineAlgorithm(Protocol):
         ...
 
 
+@runtime_checkable
+class Observant(Protocol):
+    """An offline method with parts that change during a run."""
+
+    @property
+    def stateful(self) -> Mapping[str, Stateful]:
+        """These parts, by name."""
+        ...
+
+    def observe(self, means: Metrics) -> Metrics:
+        """After each optimiser step, with the means of the loss's terms; what it did, as metrics."""
+        ...
+
+
 class OnlineAlgorithm(Protocol):
     """A method that learns from its own samples."""
 
@@ -58,13 +72,62 @@ class OnlineAlgorithm(Protocol):
     def loss(self, new: Any, batch: Experience) -> Sequence[Term]: ...
 
 
+class Bound(Protocol):
+    """How large what is constrained may be, from a sample of costs."""
+
+    least: ClassVar[int]  # costs that it needs to say anything
+    assumes: ClassVar[str]  # what its confidence rests on, after "this assumes"
+
+    def check_limit(self, limit: float) -> None:
+        """Raises ValueError for a limit that is not in the bound's units."""
+        ...
+
+    def upper(self, cost: Tensor) -> float:
+        """The bound from (n,) costs.
+
+        Raises:
+            ValueError: there are too few, or one is outside the range in which the bound holds.
+        """
+        ...
+
+    def surrogate(self, cost: Tensor, window: Tensor) -> Tensor:
+        """(B,) costs whose score-function gradient is that of the bound; its statistics and n are of the (n,) window."""
+        ...
+
+    def describe(self, cost: Tensor, window: Tensor) -> Metrics:
+        """What else there is to say of it; `trapped` is the share of costs that it would price the wrong way round."""
+        ...
+
+
+class Dual(Stateful, Protocol):
+    """How the price of a constraint answers to its violation."""
+
+    @property
+    def multiplier(self) -> float: ...
+
+    @property
+    def at_cap(self) -> bool: ...
+
+    def step(self, violation: float) -> None:
+        """Adapt to the violation of one iteration: what is bounded minus what is allowed.
+
+        Raises:
+            FloatingPointError: the multiplier would not be a number any more.
+        """
+        ...
+
+
 class Constraint(Stateful, Protocol):
     """`bound(cost) <= limit`, priced by a multiplier that learns."""
 
     limit: float
 
     def step(self, cost: Tensor) -> Metrics:
-        """Dual ascent on the (B,) costs of one iteration; what it did, under metric names without prefix."""
+        """Dual step on the (B,) costs of one iteration; what it did, under metric names without prefix."""
+        ...
+
+    def surrogate(self, cost: Tensor) -> Tensor:
+        """(B,) costs to be priced, of the iteration that `step` has seen; see `Bound.surrogate`."""
         ...
 
     @property
@@ -91,6 +154,27 @@ class Objective(Protocol):
 
     def __call__(self, scores: Mapping[str, Tensor], prompts: Sequence[Prompt]) -> Tensor:
         """(B,) each, and the B prompts, whose conditions may weigh the streams -> (B,) reward."""
+        ...
+
+
+class Conditions(Protocol):
+    """What the policy is told beside each request."""
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The scores that the weights of its prompts speak of."""
+        ...
+
+    def check(self, template: Any) -> None:
+        """Refuse what the policy's tokenizer cannot read."""
+        ...
+
+    def drawn(self, prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
+        """The prompts of one iteration, each under a condition drawn for it."""
+        ...
+
+    def evaluated(self, prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
+        """condition -> the same prompts, all under it."""
         ...
 
 
