@@ -125,7 +125,7 @@ def test_pairs_count_both_of_their_responses():
     for batch in (pairs, verdicts):
         assert len(batch) == ROWS
         assert batch.lengths.tolist() == [5, 7, 7, 4]
-        assert batch.pair == (first, second)
+        assert batch.texts == (first, second)
 
 
 def test_a_prompt_batch_counts_its_prompts():
