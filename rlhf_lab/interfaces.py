@@ -160,10 +160,7 @@ class Objective(Protocol):
 class Conditions(Protocol):
     """What the policy is told beside each request."""
 
-    @property
-    def streams(self) -> tuple[str, ...]:
-        """The scores that the weights of its prompts speak of."""
-        ...
+    streams: tuple[str, ...]  # the scores that the weights of its prompts speak of
 
     def check(self, template: Any) -> None:
         """Refuse what the policy's tokenizer cannot read."""
@@ -174,7 +171,7 @@ class Conditions(Protocol):
         ...
 
     def evaluated(self, prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
-        """condition -> the same prompts, all under it."""
+        """condition -> the same prompts, all under it; "" for none."""
         ...
 
 

@@ -1,8 +1,9 @@
 """Weights on disk -> modules in memory, and back; always safetensors, never code that came with the weights."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -21,6 +22,7 @@ transformers_logging.disable_progress_bar()
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CALIBRATION = "score_calibration"
+NONE_NEW: Mapping[str, int] = MappingProxyType({})
 LEARNT = "float32"  # of what learns, and of what it is compared with: steps of 1e-5 round away in bfloat16
 
 
@@ -28,7 +30,8 @@ LEARNT = "float32"  # of what learns, and of what it is compared with: steps of 
 class ModelPaths:
     """Which weights a run reads: hub ids, local folders, or `embedded:tiny` for the model that comes with the project.
 
-    `learning_rates` belong to the model, since they depend on its size: module -> rate.
+    `learning_rates` belong to the model, since they depend on its size: module -> rate. `new_tokens` are words that it
+    gets beside its own, such as the names of conditions; they are saved with it.
     """
 
     base: str  # before any fine-tuning
@@ -36,6 +39,7 @@ class ModelPaths:
     reference: str  # what the KL is measured against
     critic: str  # trunk of the value heads
     learning_rates: Mapping[str, float]
+    new_tokens: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +108,11 @@ def check_path(path: str, role: str, promised: Collection[str] = ()) -> None:
         raise ValueError(f"{role}={path}: no *.safetensors there; other weight files (pickles) are not loaded")
 
 
-def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
+def load_tokenizer(path: str, new_tokens: Sequence[str] = ()) -> "PreTrainedTokenizerBase":
     """The tokenizer of a model; one without a pad token pads with its EOS, which masks make harmless.
+
+    Args:
+        new_tokens: are added, as plain words that decoding shows, where they are not there yet.
 
     Raises:
         ValueError: it has no EOS token, so no response could end.
@@ -119,30 +126,80 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
         raise ValueError(f"the tokenizer of {path} has no EOS token; a response could never end")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.add_tokens([transformers.AddedToken(token, normalized=False) for token in new_tokens])
     return tokenizer
+
+
+def new_token_ids(tokenizer: "PreTrainedTokenizerBase", new_tokens: Sequence[str]) -> dict[str, int]:
+    """token -> its id in the policy's tokenizer, by which every model of a run finds its row."""
+    vocabulary = tokenizer.get_vocab()
+    return {token: vocabulary[token] for token in new_tokens}
+
+
+@torch.no_grad()
+def _widen(model: "PreTrainedModel", path: str, new_tokens: Mapping[str, int]) -> None:
+    """Give tokens that the model does not know a row each, the mean of its own rows, in and out.
+
+    The mean is where a word without meaning belongs, and draws no random numbers: policy, reference and critics agree.
+
+    Args:
+        new_tokens: token -> id.
+
+    Raises:
+        ValueError: the model knows one of them under another id, so one batch of tokens would not serve both.
+    """
+    own = load_tokenizer(path).get_vocab() if new_tokens else {}
+    if other := [token for token, row in new_tokens.items() if own.get(token, row) != row]:
+        raise ValueError(
+            f"{path} knows {other[0]!r} as token {own[other[0]]}, the policy as {new_tokens[other[0]]}; "
+            "list model.new_tokens in the order in which that model got them"
+        )
+    missing = [row for token, row in new_tokens.items() if token not in own]
+    if not missing:
+        return
+    known = torch.tensor(sorted(own.values()))
+    rows = len(cast(Tensor, model.get_input_embeddings().weight))
+    if max(missing) >= rows:  # some models have rows to spare
+        model.resize_token_embeddings(max(missing) + 1, mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for parameter in layer.parameters() if layer is not None else ():
+            parameter[missing] = parameter[known.to(parameter.device)].mean(0)
 
 
 def _options(dtype: torch.dtype) -> dict[str, Any]:
     return {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
 
 
-def load_policy(path: str, *, device: torch.device, dtype: str, seed: int) -> "PreTrainedModel":
-    """A causal language model in evaluation mode; `seed` initialises an embedded one."""
+def load_policy(
+    path: str, *, device: torch.device, dtype: str, seed: int, new_tokens: Mapping[str, int] = NONE_NEW
+) -> "PreTrainedModel":
+    """A causal language model in evaluation mode.
+
+    Args:
+        seed: initialises an embedded one.
+        new_tokens: token -> id, see `new_token_ids`.
+    """
     model: Any  # transformers wraps `to` in a way that type checkers cannot follow
     if is_embedded(path):
         model = tiny_policy(seed)
         model = model.to(DTYPES[dtype])
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(path, **_options(DTYPES[dtype]))
+    _widen(model, path, new_tokens)
     return model.to(device).eval()
 
 
-def load_frozen(path: str, *, device: torch.device, dtype: str, seed: int) -> "PreTrainedModel":
+def load_frozen(
+    path: str, *, device: torch.device, dtype: str, seed: int, new_tokens: Mapping[str, int] = NONE_NEW
+) -> "PreTrainedModel":
     """A causal language model that does not learn."""
-    return load_policy(path, device=device, dtype=dtype, seed=seed).requires_grad_(False)
+    policy = load_policy(path, device=device, dtype=dtype, seed=seed, new_tokens=new_tokens)
+    return policy.requires_grad_(False)
 
 
-def new_scorer(path: str, *, device: torch.device, dtype: str, seed: int) -> "PreTrainedModel":
+def new_scorer(
+    path: str, *, device: torch.device, dtype: str, seed: int, new_tokens: Mapping[str, int] = NONE_NEW
+) -> "PreTrainedModel":
     """A policy's trunk with a fresh scalar head: a one-label sequence classifier to be trained."""
     if is_embedded(path):
         raise ValueError(f"model.policy={path} has no trained trunk; name the folder of a trained policy")
@@ -150,6 +207,7 @@ def new_scorer(path: str, *, device: torch.device, dtype: str, seed: int) -> "Pr
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         path, num_labels=1, **_options(DTYPES[dtype])
     )
+    _widen(model, path, new_tokens)
     return model.to(device)
 
 
@@ -182,7 +240,15 @@ class Critics(nn.Module):
         nn.init.zeros_(self.heads.bias)
 
 
-def load_critics(path: str, names: tuple[str, ...], *, device: torch.device, dtype: str, seed: int) -> Critics:
+def load_critics(
+    path: str,
+    names: tuple[str, ...],
+    *,
+    device: torch.device,
+    dtype: str,
+    seed: int,
+    new_tokens: Mapping[str, int] = NONE_NEW,
+) -> Critics:
     """Value heads on the trunk of the model at `path`."""
     trunk: Any
     if is_embedded(path):
@@ -190,6 +256,7 @@ def load_critics(path: str, names: tuple[str, ...], *, device: torch.device, dty
         trunk = trunk.to(DTYPES[dtype])
     else:
         trunk = transformers.AutoModel.from_pretrained(path, **_options(DTYPES[dtype]))
+    _widen(trunk, path, new_tokens)
     return Critics(trunk, names).to(device).eval()
 
 

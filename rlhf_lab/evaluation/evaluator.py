@@ -9,10 +9,19 @@ from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine.score import Scorer
 from rlhf_lab.evaluation.metrics import completion_metrics, half_width
 from rlhf_lab.functional.kl import kl_estimate
-from rlhf_lab.interfaces import RewardSource, RolloutEngine
+from rlhf_lab.interfaces import Conditions, RewardSource, RolloutEngine
 from rlhf_lab.records import Prompt
 from rlhf_lab.seeds import derive
 from rlhf_lab.types import Metrics, Score, ScoredRollout
+
+
+def under_conditions(prompts: Mapping[str, Sequence[Prompt]], conditions: Conditions) -> dict[str, Sequence[Prompt]]:
+    """split -> prompts becomes split:condition -> the same prompts under that condition."""
+    return {
+        f"{split}:{name}" if name else split: told
+        for split, each in prompts.items()
+        for name, told in conditions.evaluated(each).items()
+    }
 
 
 def sample_rows(split: str, scored: ScoredRollout, gold: Mapping[str, Score]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from rlhf_lab.data.tables import read_table, write_table
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine.generate import Generator, Sampling
-from rlhf_lab.engine.models import Hardware, ModelPaths, check_path, load_policy, load_tokenizer
+from rlhf_lab.engine.models import Hardware, ModelPaths, check_path, load_policy, load_tokenizer, new_token_ids
 from rlhf_lab.records import Prompt
 from rlhf_lab.rewards.gold import Gold
 from rlhf_lab.run import Run
@@ -71,8 +71,10 @@ class Annotate:
 
     def run(self, run: Run) -> Metrics:
         device = self.hardware.start()
-        template = Template(load_tokenizer(self.model.policy), self.dataset.template_style)
-        policy = load_policy(self.model.policy, device=device, dtype=self.hardware.dtype, seed=run.seed)
+        template = Template(load_tokenizer(self.model.policy, self.model.new_tokens), self.dataset.template_style)
+        new_tokens = new_token_ids(template.tokenizer, self.model.new_tokens)
+        options = {"device": device, "dtype": self.hardware.dtype, "seed": run.seed, "new_tokens": new_tokens}
+        policy = load_policy(self.model.policy, **options)
         engine = Generator(policy, template, self.sampling)
         run.resume()  # there are no checkpoints: the shards are what it continues from
         metrics: Metrics = {}

@@ -6,9 +6,10 @@ from typing import Any
 from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.templates import Template
 from rlhf_lab.engine.generate import Generator, Sampling
-from rlhf_lab.engine.models import LEARNT, Hardware, ModelPaths, check_path, load_frozen, load_tokenizer
+from rlhf_lab.engine.models import LEARNT, Hardware, ModelPaths, check_path, load_frozen, load_tokenizer, new_token_ids
 from rlhf_lab.engine.score import Scorer
-from rlhf_lab.evaluation.evaluator import Evaluator
+from rlhf_lab.evaluation.evaluator import Evaluator, under_conditions
+from rlhf_lab.interfaces import Conditions
 from rlhf_lab.rewards.gold import Gold
 from rlhf_lab.run import Run
 from rlhf_lab.seeds import derive
@@ -20,6 +21,7 @@ class Evaluate:
 
     Args:
         rewards: name -> source; null leaves one out.
+        conditions: what the policy is told beside each request.
         tokens_at_once: budget of one scoring forward.
     """
 
@@ -32,10 +34,12 @@ class Evaluate:
         evaluation_sampling: Sampling,
         hardware: Hardware,
         tokens_at_once: Count,
+        conditions: Conditions,
     ) -> None:
         self.model, self.dataset, self.hardware = model, dataset, hardware
         self.rewards = {name: source for name, source in rewards.items() if source is not None}
         self.sampling, self.tokens_at_once = evaluation_sampling, tokens_at_once
+        self.conditions = conditions
 
     def check(self, promised: Collection[str] = ()) -> None:
         """Refuse what cannot work, before anything is loaded; `promised` paths will be there by then."""
@@ -47,8 +51,16 @@ class Evaluate:
 
     def run(self, run: Run) -> Metrics:
         device = self.hardware.start()
-        options = {"device": device, "dtype": LEARNT, "seed": derive(run.seed, "initial weights")}
-        template = Template(load_tokenizer(self.model.policy), self.dataset.template_style)
+        new_tokens = self.model.new_tokens
+        template = Template(load_tokenizer(self.model.policy, new_tokens), self.dataset.template_style)
+        self.conditions.check(template)
+        prompts = {split: self.dataset.prompts(split, template) for split in self.dataset.splits}
+        options = {
+            "device": device,
+            "dtype": LEARNT,
+            "seed": derive(run.seed, "initial weights"),
+            "new_tokens": new_token_ids(template.tokenizer, new_tokens),
+        }
         policy = load_frozen(self.model.policy, **options)
         scorer = Scorer(
             rewards={name: source.load(self.hardware, template) for name, source in self.rewards.items()},
@@ -58,7 +70,7 @@ class Evaluate:
             tokens_at_once=self.tokens_at_once,
         )
         evaluator = Evaluator(
-            prompts={split: self.dataset.prompts(split, template) for split in self.dataset.splits},
+            prompts=under_conditions(prompts, self.conditions),
             gold={name: Gold(measure) for name, measure in self.dataset.gold.items()},
             template=template,
             seed=run.seed,

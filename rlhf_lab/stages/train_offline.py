@@ -23,6 +23,7 @@ from rlhf_lab.engine.models import (
     load_policy,
     load_tokenizer,
     new_scorer,
+    new_token_ids,
     parameters_of,
     restore_parameters,
     save_model,
@@ -113,7 +114,7 @@ class TrainOffline:
 
     def run(self, run: Run) -> Metrics:
         device = self.hardware.start()
-        template = Template(load_tokenizer(self.model.policy), self.dataset.template_style)
+        template = Template(load_tokenizer(self.model.policy, self.model.new_tokens), self.dataset.template_style)
         records = self._records(self.dataset.train_split, template)
         held_out = {split: self._records(split, template) for split in self.dataset.splits}
         reference_set = ReferenceSet.read(
@@ -129,7 +130,13 @@ class TrainOffline:
         lesson = self._with_reference(run, self.dataset.train_split, template, records)
         exams = {split: self._with_reference(run, split, template, rows) for split, rows in held_out.items()}
         load = load_policy if self.trains_policy else new_scorer
-        model = load(self.model.policy, device=device, dtype=LEARNT, seed=derive(run.seed, "initial weights"))
+        model = load(
+            self.model.policy,
+            device=device,
+            dtype=LEARNT,
+            seed=derive(run.seed, "initial weights"),
+            new_tokens=new_token_ids(template.tokenizer, self.model.new_tokens),
+        )
         steps_per_epoch = -(-len(records) // self.batch_size)
         total = steps_per_epoch * self.epochs
         name = "policy" if self.trains_policy else "scorer"
@@ -203,7 +210,8 @@ class TrainOffline:
         if not kept.exists():
             device = self.hardware.start()
             options = {"device": device, "dtype": LEARNT, "seed": derive(run.seed, "initial weights")}
-            reference = load_frozen(self.model.reference, **options)
+            new_tokens = new_token_ids(template.tokenizer, self.model.new_tokens)
+            reference = load_frozen(self.model.reference, new_tokens=new_tokens, **options)
             batch = BATCHES[self.algorithm.reads](template, records)
             budget = self.learner.keywords["tokens_at_once"]
             columns = [

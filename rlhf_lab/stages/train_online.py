@@ -27,14 +27,15 @@ from rlhf_lab.engine.models import (
     load_frozen,
     load_policy,
     load_tokenizer,
+    new_token_ids,
     parameters_of,
     restore_parameters,
     save_model,
 )
 from rlhf_lab.engine.score import Scorer
-from rlhf_lab.evaluation.evaluator import Evaluator
+from rlhf_lab.evaluation.evaluator import Evaluator, under_conditions
 from rlhf_lab.evaluation.metrics import rollout_metrics, warnings
-from rlhf_lab.interfaces import OnlineAlgorithm, RewardSource
+from rlhf_lab.interfaces import Conditions, OnlineAlgorithm, RewardSource
 from rlhf_lab.records import Demonstration, Prompt
 from rlhf_lab.rewards.gold import Gold
 from rlhf_lab.run import Run
@@ -73,6 +74,7 @@ class TrainOnline:
         costs: names of those for which higher is worse.
         steps: iterations of the loop.
         prompts_per_step, samples_per_prompt: their product is the batch.
+        conditions: what the policy is told beside each request, in training and held-out evaluation.
         demonstrations: data of the ptx term, or null.
         ptx_coef: weight of the likelihood of demonstrations beside the RL loss (Ouyang et al. 2022, eq. 2); 0: none.
         evaluate_every: iterations between held-out evaluations; there is one before the first and after the last.
@@ -94,6 +96,7 @@ class TrainOnline:
         steps: Count,
         prompts_per_step: Count,
         samples_per_prompt: Count,
+        conditions: Conditions,
         demonstrations: Dataset | None,
         ptx_coef: NonNegative,
         evaluate_every: NonNegativeCount,
@@ -105,6 +108,7 @@ class TrainOnline:
         self.sampling, self.evaluation_sampling = sampling, evaluation_sampling
         self.learner, self.hardware, self.steps = learner, hardware, steps
         self.prompts_per_step, self.samples_per_prompt = prompts_per_step, samples_per_prompt
+        self.conditions = conditions
         self.demonstrations, self.ptx_coef = demonstrations, ptx_coef
         self.evaluate_every, self.checkpoint_every = evaluate_every, checkpoint_every
 
@@ -221,14 +225,15 @@ class TrainOnline:
         ]
 
     def _next_prompts(self, prompts: Sequence[Prompt], iteration: int, seed: int) -> list[Prompt]:
-        """The next prompts of an endless sequence of epochs, each epoch in an order of its own."""
+        """The next prompts of an endless sequence of epochs, each epoch in an order and under conditions of its own."""
         first = iteration * self.prompts_per_step
         places = range(first, first + self.prompts_per_step)
         orders = {
             epoch: torch.randperm(len(prompts), generator=generator(seed, "order", epoch)).tolist()
             for epoch in {place // len(prompts) for place in places}
         }
-        return [prompts[orders[place // len(prompts)][place % len(prompts)]] for place in places]
+        following = [prompts[orders[place // len(prompts)][place % len(prompts)]] for place in places]
+        return self.conditions.drawn(following, derive(seed, "conditions", iteration))
 
     def _evaluate(self, run: Run, parts: Parts, step: int) -> Metrics:
         """Held-out metrics; every row goes to samples/, a few to the console."""
@@ -250,8 +255,12 @@ class TrainOnline:
 
     def _load(self, run: Run) -> Parts:
         """Read weights and data; everything that is shared is made here."""
-        options = {"device": self.hardware.start(), "seed": derive(run.seed, "initial weights")}
-        template = Template(load_tokenizer(self.model.policy), self.dataset.template_style)
+        template = Template(load_tokenizer(self.model.policy, self.model.new_tokens), self.dataset.template_style)
+        options = {
+            "device": self.hardware.start(),
+            "seed": derive(run.seed, "initial weights"),
+            "new_tokens": new_token_ids(template.tokenizer, self.model.new_tokens),
+        }
         prompts, held_out = self._prompts(run, template)
         policy = load_policy(self.model.policy, dtype=LEARNT, **options)
         names = tuple(self.algorithm.critics)
@@ -282,11 +291,11 @@ class TrainOnline:
             evaluator=Evaluator(held_out, gold, template, run.seed),
         )
 
-    def _prompts(self, run: Run, template: Template) -> tuple[list[Prompt], dict[str, list[Prompt]]]:
+    def _prompts(self, run: Run, template: Template) -> tuple[Sequence[Prompt], Mapping[str, Sequence[Prompt]]]:
         """Training prompts, and those of each held-out split.
 
         Raises:
-            ValueError: a held-out prompt is also trained on.
+            ValueError: a held-out prompt is also trained on, or the tokenizer cannot read a condition.
         """
         split = self.dataset.train_split
         prompts = self.dataset.prompts(split, template)
@@ -297,7 +306,8 @@ class TrainOnline:
                 raise ValueError(f"{shared} prompts of {name} are also in {split}; hold them out")
         for note in self.dataset.notes:
             run.warn(0, note)
-        return prompts, held_out
+        self.conditions.check(template)
+        return prompts, under_conditions(held_out, self.conditions)
 
     def _state(self, parts: Parts, episode: int) -> dict[str, Any]:
         """Everything that changes during a run; random numbers are derived from the step and need no saving."""

@@ -22,6 +22,7 @@ from rlhf_lab.engine.models import (
     load_scorer,
     load_tokenizer,
     new_scorer,
+    new_token_ids,
     parameters_of,
     restore_parameters,
     save_model,
@@ -264,3 +265,71 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch):
     assert Hardware(device="cpu", dtype="float32", threads=1).start() == CPU
     assert torch.get_num_threads() == 1
     torch.set_num_threads(before)
+
+
+def new_tokens_of(folder: str, *tokens: str) -> tuple[transformers.PreTrainedTokenizerBase, dict[str, int]]:
+    tokenizer = load_tokenizer(folder, tokens)
+    return tokenizer, new_token_ids(tokenizer, tokens)
+
+
+def test_new_tokens_change_nothing_that_was_there_and_start_at_the_mean(
+    architecture: str, hf_folder: Folder, ragged: Ragged
+):
+    folder = hf_folder(architecture)
+    tokenizer, ids = new_tokens_of(folder, "<kind>", "<witty>")
+    old, new = policy_of(folder), load_policy(folder, device=CPU, dtype="float32", seed=0, new_tokens=ids)
+    assert sorted(ids.values()) == [old.config.vocab_size, old.config.vocab_size + 1]
+    assert new.config.vocab_size == old.config.vocab_size + 2
+    with torch.no_grad():
+        sequences, *_ = ragged(old.config.vocab_size, 3)
+        inputs = {"input_ids": sequences.tokens, "attention_mask": sequences.attention_mask}
+        before, after = old(**inputs).logits, new(**inputs).logits
+    assert_close(after[..., : old.config.vocab_size], before)
+    # a row that is the mean of the rows has the mean of the logits
+    assert_close(after[..., list(ids.values())], before.mean(-1, keepdim=True).expand(-1, -1, 2), atol=1e-4, rtol=1e-4)
+    for row in ids.values():
+        assert_close(weight(new.get_input_embeddings())[row], weight(old.get_input_embeddings()).mean(0))
+    assert tokenizer.decode(tokenizer("User: <kind> <witty>").input_ids).count("<kind>") == 1
+
+
+def test_new_tokens_are_saved_with_the_policy_and_added_once(architecture: str, hf_folder: Folder, tmp_path: Path):
+    tokenizer, ids = new_tokens_of(hf_folder(architecture), "<kind>", "<witty>")
+    model = load_policy(hf_folder(architecture), device=CPU, dtype="float32", seed=0, new_tokens=ids)
+    disturb(model)
+    save_model(tmp_path / "policy", model, tokenizer)
+    again, ids_again = new_tokens_of(str(tmp_path / "policy"), "<kind>", "<witty>")
+    assert ids_again == ids
+    assert len(again) == len(tokenizer)
+    loaded = load_policy(str(tmp_path / "policy"), device=CPU, dtype="float32", seed=0, new_tokens=ids)
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)), name  # what it learnt of them is not reset
+
+
+def test_reference_critics_and_scorers_get_the_rows_of_the_policy(architecture: str, hf_folder: Folder):
+    _, ids = new_tokens_of(hf_folder(architecture), "<kind>")
+    options = {"device": CPU, "dtype": "float32", "seed": 0, "new_tokens": ids}
+    folder, row = hf_folder(architecture), ids["<kind>"]
+    expected = weight(load_policy(folder, **options).get_input_embeddings())[row]
+    assert torch.equal(weight(load_critics(folder, ("reward",), **options).trunk.get_input_embeddings())[row], expected)
+    assert torch.equal(weight(new_scorer(folder, **options).get_input_embeddings())[row], expected)
+
+
+def test_new_tokens_under_two_ids_are_refused(hf_folder: Folder, tmp_path: Path):
+    tokenizer, ids = new_tokens_of(hf_folder("llama"), "<kind>", "<witty>")
+    model = load_policy(hf_folder("llama"), device=CPU, dtype="float32", seed=0, new_tokens=ids)
+    save_model(tmp_path / "policy", model, tokenizer)
+    _, turned = new_tokens_of(hf_folder("llama"), "<witty>", "<kind>")
+    with pytest.raises(ValueError, match=r"knows '<witty>' as token \d+, the policy as \d+.*in the order"):
+        load_policy(str(tmp_path / "policy"), device=CPU, dtype="float32", seed=0, new_tokens=turned)
+
+
+def test_rows_to_spare_are_used_before_new_ones_are_made(hf_folder: Folder, tmp_path: Path):
+    folder = hf_folder("qwen2")
+    padded, tokenizer = policy_of(folder), load_tokenizer(folder)
+    padded.resize_token_embeddings(len(tokenizer) + 8, mean_resizing=False)
+    save_model(tmp_path / "padded", padded, tokenizer)
+    _, ids = new_tokens_of(str(tmp_path / "padded"), "<kind>")
+    model = load_policy(str(tmp_path / "padded"), device=CPU, dtype="float32", seed=0, new_tokens=ids)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        assert len(weight(layer)) == len(tokenizer) + 8
+        assert_close(weight(layer)[ids["<kind>"]], weight(layer)[: len(tokenizer)].mean(0))
