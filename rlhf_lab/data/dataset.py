@@ -96,10 +96,12 @@ class Dataset:
     def check(self, promised: Collection[str] = (), reads: str = "prompts") -> None:
         """Refuse a path that is not there, nor promised to be, and a local table without the columns for `reads`.
 
+        A path is promised by its folder too: what a run leaves is a folder, of which this may be one table.
+
         Raises:
             ValueError: saying what is there and what to do.
         """
-        if self.is_world or self.path in promised:
+        if self.is_world or not {self.path, str(Path(self.path).parent)}.isdisjoint(promised):
             return
         if self.path.startswith("embedded:"):
             raise ValueError(f"dataset.path={self.path}: the only embedded world is {WORLD}")
@@ -195,6 +197,26 @@ class Dataset:
             for prompt, both, i in zip(prompts, texts, kept, strict=True)
             for side in (0, 1)
         ]
+
+    def table(self, split: str, reads: str, template: Template) -> tuple[Rows, list[Prompt], dict[str, list[str]]]:
+        """The rows of a split as they stand, but for bad ones: rows, their prompts, and the responses of each side.
+
+        A side is what its columns end with: "" (demonstrations), "_0" and "_1", or "_chosen" and "_rejected" (pairs).
+        """
+        if self.is_world:
+            drawn = self.demonstrations(split, template)
+            rows = [{"id": r.prompt.id, "prompt": r.prompt.request, "response": r.response} for r in drawn]
+            return rows, [r.prompt for r in drawn], {"": [r.response for r in drawn]}
+        rows = self._raw(reads, split)
+        sides = {"": "response"} if reads == "demonstrations" else {"_0": "response_0", "_1": "response_1"}
+        if reads == "preferences" and self._is_sided(rows):
+            sides = {"_chosen": "chosen", "_rejected": "rejected"}
+        pairs = [
+            (p, self._texts(row, *sides.values())) for p, row in zip(self._prompts(rows, split), rows, strict=True)
+        ]
+        prompts, texts, kept = self._fitting(pairs, split, template, unique=False)
+        responses = {side: [each[k] for each in texts] for k, side in enumerate(sides)}
+        return [rows[i] for i in kept], prompts, responses
 
     def _raw(self, reads: str, split: str) -> Rows:
         """The rows of a split, with the columns that `reads` needs.

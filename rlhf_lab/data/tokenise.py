@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlhf_lab.data.templates import Template
 from rlhf_lab.records import Demonstration, PreferencePair, Prompt, SafetyPair
-from rlhf_lab.types import PairBatch, PromptBatch, SafetyPairBatch, Sequences, TextBatch
+from rlhf_lab.types import PairBatch, PromptBatch, Rollout, SafetyPairBatch, Sequences, TextBatch
 
 
 def pad(rows: Sequence[Sequence[int]], fill: int, side: str) -> tuple[Tensor, Tensor]:
@@ -52,6 +52,19 @@ def prompt_batch(template: Template, prompts: Sequence[Prompt]) -> PromptBatch:
     """Prompts, padded left."""
     tokens, mask = pad([template.prompt_tokens(prompt) for prompt in prompts], template.pad, "left")
     return PromptBatch(prompts=list(prompts), tokens=tokens, attention_mask=mask)
+
+
+def rollout_of(template: Template, prompts: Sequence[Prompt], responses: Sequence[str]) -> Rollout:
+    """Responses that are given, for sources of scores; nobody sampled them, so their log-probabilities are 0."""
+    written = sequences(template, prompts, responses)
+    return Rollout(
+        prompts=list(prompts),
+        sequences=written,
+        group=torch.arange(len(prompts)),
+        finished=torch.ones(len(prompts), dtype=torch.bool),
+        responses=list(responses),
+        logprobs=torch.zeros(written.response_mask.shape),
+    )
 
 
 def text_batch(template: Template, records: Sequence[Demonstration]) -> TextBatch:

@@ -24,6 +24,10 @@ BESIDE = {
     "model=qwen2_5_1_5b": SCORERS,
     "dataset=table": ["dataset.path=a/b"],
     "stage=train_offline": ["algorithm=sft"],
+    "stage=score_table": ["dataset=tiny_help_preferences"],
+    "bound=hoeffding": ["bound.low=-10", "bound.high=10"],
+    "bound=empirical_bernstein": ["bound.low=-10", "bound.high=10"],
+    "bound=clopper_pearson": ["constraint.cost.limit=0.1", "constraint.cost.margin=0"],
 }
 
 
@@ -80,6 +84,32 @@ def test_reward_picks_its_ensemble_and_the_command_line_wins(plan_of):
     assert ensemble("reward=single") == ("mean", 1, 1)
     assert ensemble("reward=ensemble_uwo", "reward_ensemble=wco") == ("worst_case", 5, 5)
     assert ensemble("reward=ensemble_uwo", "reward_ensemble.k=3") == ("uncertainty_weighted", 3, 3)
+
+
+def test_constraint_picks_its_bound_and_the_command_line_wins(plan_of):
+    def parts(*typed: str) -> dict[str, tuple[str, str]]:
+        constraints = plan_of(*typed).config["stage"]["algorithm"]["constraints"]
+        return {
+            name: tuple(one[part]["_target_"].rpartition(".")[2] for part in ("bound", "dual"))
+            for name, one in constraints.items()
+        }
+
+    assert parts() == {"cost": ("Mean", "LogAscent")}
+    assert parts("constraint=ci_cost") == {"cost": ("StudentT", "LogAscent")}
+    assert parts("constraint=ci_cost", "bound=bootstrap", "dual=pid") == {"cost": ("Bootstrap", "PID")}
+    assert parts("bound=student_t", "dual=fixed") == {"cost": ("StudentT", "FixedPrice")}
+    assert parts("constraint=two_costs") == {"cost": ("Mean", "LogAscent"), "length": ("Mean", "LogAscent")}
+
+
+def test_a_second_constraint_brings_the_score_that_it_reads(plan_of):
+    stage = plan_of("constraint=two_costs", "reward=single").config["stage"]
+    assert stage["rewards"].keys() == {"helpful", "cost", "length"}
+    assert stage["costs"] == ["cost", "length"]
+
+
+def test_a_bound_that_nothing_reads_is_refused(plan_of):
+    with pytest.raises(ValueError, match="bound=student_t: this kind of run does not read bound"):
+        plan_of("algorithm=ppo", "bound=student_t")
 
 
 def test_default_run_needs_its_artifacts_in_an_order_in_which_they_can_be_built(plan_of):

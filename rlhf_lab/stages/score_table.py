@@ -1,0 +1,115 @@
+"""Scores of a data set's responses by reward models, as further columns of its table."""
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
+
+import torch
+
+from rlhf_lab.data.dataset import Dataset
+from rlhf_lab.data.tables import read_table, write_table
+from rlhf_lab.data.templates import Template
+from rlhf_lab.data.tokenise import rollout_of
+from rlhf_lab.engine.checkpoint import write_atomically
+from rlhf_lab.engine.models import Hardware, ModelPaths, check_path, load_tokenizer
+from rlhf_lab.run import Run
+from rlhf_lab.types import Count, Metrics, batches
+
+
+class ScoreTable:
+    """A table with `score_<source>` beside each response, as `data/<split>.parquet`.
+
+    The columns are `score_<source>` of demonstrations, `score_<source>_0` and `_1`, or `_chosen` and `_rejected`, of
+    pairs; all others stay as they are. Beside the folder, `statistics.json` holds each source's mean, sd (of the
+    population) and count over the responses of the training split, by which to put sources in one unit.
+
+    Args:
+        rewards: name -> source; null leaves one out.
+        reads: which responses a row has.
+        rows_per_shard: rows between two saves; a killed run continues after its last shard.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: ModelPaths,
+        dataset: Dataset,
+        rewards: Mapping[str, Any],
+        hardware: Hardware,
+        reads: Literal["demonstrations", "preferences", "safety_pairs"],
+        rows_per_shard: Count,
+    ) -> None:
+        self.model, self.dataset, self.hardware = model, dataset, hardware
+        self.rewards = {name: source for name, source in rewards.items() if source is not None}
+        self.reads, self.rows_per_shard = reads, rows_per_shard
+
+    def check(self, promised: Collection[str] = ()) -> None:
+        """Refuse what cannot work, before anything is loaded; `promised` paths will be there by then."""
+        check_path(self.model.policy, "model.policy", promised)
+        self.dataset.check(promised, self.reads)
+        if self.dataset.is_world and self.reads != "demonstrations":
+            raise ValueError(
+                f"stage.reads={self.reads}, but {self.dataset.path} draws prompts and demonstrations only; name a "
+                "table of pairs (dataset=tiny_help_preferences), or set stage.reads=demonstrations"
+            )
+        if not self.rewards:
+            raise ValueError("there is no reward source to score by; add one to reward.sources")
+        for source in self.rewards.values():
+            source.check(promised)
+
+    def run(self, run: Run) -> Metrics:
+        self.hardware.start()
+        template = Template(load_tokenizer(self.model.policy, self.model.new_tokens), self.dataset.template_style)
+        tables = {
+            split: self.dataset.table(split, self.reads, template)
+            for split in (self.dataset.train_split, *self.dataset.splits)
+        }
+        for split, (rows, _, responses) in tables.items():
+            if taken := sorted(rows[0].keys() & {f"score_{name}{side}" for name in self.rewards for side in responses}):
+                raise ValueError(
+                    f"{self.dataset.path} ({split}) has a column {taken[0]!r} already; leave that source out "
+                    f"(reward.sources.{next(iter(self.rewards))}=null) or give it another name"
+                )
+        sources = {name: source.load(self.hardware, template) for name, source in self.rewards.items()}
+        run.resume()  # there are no checkpoints: the shards are what it continues from
+        for note in self.dataset.notes:
+            run.warn(0, note)
+        metrics: Metrics = {}
+        scored: dict[str, list[dict[str, Any]]] = {}
+        for split, (rows, prompts, responses) in tables.items():
+            name = "train" if split == self.dataset.train_split else split
+            scored[name] = []
+            parts = list(batches(len(rows), self.rows_per_shard))
+            for i in run.console.steps(f"scoring {split}, shard", 0, len(parts), metrics):
+                done = run.directory / f"shards/{split}_{i:04d}/rows.parquet"
+                if not done.exists():
+                    shard = [dict(row) for row in rows[parts[i]]]
+                    for side, texts in responses.items():
+                        rollout = rollout_of(template, prompts[parts[i]], texts[parts[i]])
+                        for source, scorer in sources.items():
+                            for row, value in zip(shard, scorer.score(rollout).value.tolist(), strict=True):
+                                row[f"score_{source}{side}"] = value
+                    with run.folder(f"shards/{split}_{i:04d}") as folder:
+                        write_table(shard, folder / done.name)
+                scored[name] += read_table(done)
+            for source, statistics in _statistics(scored[name], self.rewards, responses).items():
+                metrics |= {f"{name}/{source}/{key}": value for key, value in statistics.items()}
+        reference = _statistics(scored["train"], self.rewards, tables[self.dataset.train_split][2])
+        write_atomically(run.directory / "statistics.json", json.dumps(reference, indent=1))
+        with run.folder("data") as folder:
+            for name, rows in scored.items():
+                write_table(rows, folder / f"{name}.parquet")
+        run.log(0, metrics)
+        return metrics
+
+
+def _statistics(
+    rows: list[dict[str, Any]], sources: Collection[str], sides: Collection[str]
+) -> dict[str, dict[str, float]]:
+    """source -> mean, sd and count of its scores of all responses."""
+    statistics: dict[str, dict[str, float]] = {}
+    for source in sources:
+        values = torch.tensor([row[f"score_{source}{side}"] for row in rows for side in sides], dtype=torch.float64)
+        sd = values.std(correction=0).item()
+        statistics[source] = {"mean": values.mean().item(), "sd": sd, "count": float(len(values))}
+    return statistics
