@@ -101,4 +101,9 @@ def warnings(metrics: Metrics) -> list[str]:
     for name, value in metrics.items():
         if name.endswith("/at_cap") and value:
             found.append(f"multiplier {name.split('/')[1]} is at its cap; the limit may be out of reach")
+        if name.endswith("/trapped") and value > 0.1:
+            found.append(
+                f"{value:.0%} of the responses cost so little beside the others that the bound on "
+                f"{name.split('/')[1]} would price them as if they cost more; keep bound.guard=true, or bound=mean"
+            )
     return found

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rlhf_lab.algorithms.ppo import PPO
 from rlhf_lab.algorithms.ppo_lag import PPOLagrangian
-from rlhf_lab.constraints import Lagrangian
+from rlhf_lab.bounds import Mean
+from rlhf_lab.constraints import Lagrangian, LogAscent
 from rlhf_lab.objectives import FixedKL, KLPenalty, WeightedSum
 from rlhf_lab.records import Prompt
 from rlhf_lab.types import PolicyForward, Rollout, Score, ScoredRollout, Sequences
@@ -124,8 +125,8 @@ def test_the_optimum_of_the_bandit_is_as_stated():
 
 
 def mean_cost(init: float, limit: float = LIMIT) -> Lagrangian:
-    bounds = {"max_multiplier": 10.0, "min_multiplier": 1e-3}
-    return Lagrangian(limit=limit, margin=0.0, init=init, lr=0.1, window=ROWS, delay=0, **bounds)
+    dual = LogAscent(init=init, lr=0.1, max_multiplier=10.0, min_multiplier=1e-3)
+    return Lagrangian(limit=limit, margin=0.0, window=ROWS, delay=0, bound=Mean(), dual=dual)
 
 
 @pytest.mark.parametrize("init", [0.4, 0.6])

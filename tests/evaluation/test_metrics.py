@@ -121,6 +121,7 @@ HEALTHY = {
     "val/zero_variance_groups": 0.5,
     "lagrange/cost/at_cap": 0.0,
     "lagrange/cost/lambda": 10.0,
+    "lagrange/cost/trapped": 0.05,
 }
 
 
@@ -133,6 +134,7 @@ HEALTHY = {
         ("val/num_eos_tokens", 0.0, "no response ended"),
         ("val/zero_variance_groups", 0.95, "the same reward"),
         ("lagrange/cost/at_cap", 1.0, "multiplier cost is at its cap"),
+        ("lagrange/cost/trapped", 0.2, "20% of the responses cost so little"),
     ],
 )
 def test_each_condition_gives_its_own_warning_and_only_that(metric: str, value: float, about: str):
