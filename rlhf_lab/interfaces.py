@@ -117,51 +117,6 @@ class Dual(Stateful, Protocol):
         ...
 
 
-class Bound(Protocol):
-    """How large what is constrained may be, from a sample of costs."""
-
-    least: ClassVar[int]  # costs that it needs to say anything
-    assumes: ClassVar[str]  # what its confidence rests on, after "this assumes"
-
-    def check_limit(self, limit: float) -> None:
-        """Raises ValueError for a limit that is not in the bound's units."""
-        ...
-
-    def upper(self, cost: Tensor) -> float:
-        """The bound from (n,) costs.
-
-        Raises:
-            ValueError: there are too few, or one is outside the range in which the bound holds.
-        """
-        ...
-
-    def surrogate(self, cost: Tensor, window: Tensor) -> Tensor:
-        """(B,) costs whose score-function gradient is that of the bound; its statistics and n are of the (n,) window."""
-        ...
-
-    def describe(self, cost: Tensor, window: Tensor) -> Metrics:
-        """What else there is to say of it; `trapped` is the share of costs that it would price the wrong way round."""
-        ...
-
-
-class Dual(Stateful, Protocol):
-    """How the price of a constraint answers to its violation."""
-
-    @property
-    def multiplier(self) -> float: ...
-
-    @property
-    def at_cap(self) -> bool: ...
-
-    def step(self, violation: float) -> None:
-        """Adapt to the violation of one iteration: what is bounded minus what is allowed.
-
-        Raises:
-            FloatingPointError: the multiplier would not be a number any more.
-        """
-        ...
-
-
 class Constraint(Stateful, Protocol):
     """`bound(cost) <= limit`, priced by a multiplier that learns."""
 
@@ -205,10 +160,7 @@ class Objective(Protocol):
 class Conditions(Protocol):
     """What the policy is told beside each request."""
 
-    @property
-    def streams(self) -> tuple[str, ...]:
-        """The scores that the weights of its prompts speak of."""
-        ...
+    streams: tuple[str, ...]  # the scores that the weights of its prompts speak of
 
     def check(self, template: Any) -> None:
         """Refuse what the policy's tokenizer cannot read."""
@@ -219,7 +171,7 @@ class Conditions(Protocol):
         ...
 
     def evaluated(self, prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
-        """condition -> the same prompts, all under it."""
+        """condition -> the same prompts, all under it; "" for none."""
         ...
 
 
