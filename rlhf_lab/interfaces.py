@@ -26,7 +26,8 @@ class OfflineAlgorithm(Protocol):
     trains: ClassVar[str]  # what it makes of a model: policy, scorer
     reads: ClassVar[str]  # which records of a data set it learns from: demonstrations, preferences, safety_pairs
     # A method may also have `uses_reference: ClassVar[bool]`: its pairs then carry the reference's log-probabilities;
-    # and be `Observant`, if a part of it changes from step to step.
+    # `token_scores`: it then reads a score after every token; `outputs: ClassVar[tuple[str, ...]]`, of a value model's
+    # head, if that is more than a score; and be `Observant`, if a part of it changes from step to step.
 
     def loss(self, new: Any, batch: Any) -> Sequence[Term]:
         """The summands of the loss of one microbatch, unaveraged; pure."""
@@ -49,6 +50,8 @@ class Observant(Protocol):
 
 class OnlineAlgorithm(Protocol):
     """A method that learns from its own samples."""
+
+    least_samples: ClassVar[int]  # responses per prompt that it needs
 
     @property
     def critics(self) -> tuple[str, ...]:

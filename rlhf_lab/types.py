@@ -258,10 +258,19 @@ class PairForward:
 
 @dataclass(frozen=True)
 class ScoreForward:
-    """What a value model says of the two responses of each row, raw and before any normalisation; carries gradient."""
+    """What a value model says of the responses of each row, raw and before any normalisation; carries gradient."""
 
-    first: Tensor  # (B,)
-    second: Tensor  # (B,)
+    scores: tuple[Tensor, ...]  # (B,) of each response
+    token_scores: tuple[Tensor, ...] = ()  # (B, T) of each, after every token of it, if a method reads them
+    log_variances: tuple[Tensor, ...] = ()  # (B,) of each, of a model that says how sure it is
+
+    @property
+    def first(self) -> Tensor:
+        return self.scores[0]
+
+    @property
+    def second(self) -> Tensor:
+        return self.scores[1]
 
 
 @dataclass(frozen=True)
@@ -272,6 +281,10 @@ class Term:
     values: Tensor  # (B, T) if per token, (B,) if per row
     per: Literal["token", "row"]
     weight: float = 1.0  # 0: reported, not minimised
+
+    def per_row(self, share: Tensor | int = 1) -> "Term":
+        """A token's summand, 0 where masked, as a row's: its sum over the row, divided by the (B,) `share`."""
+        return Term(self.name, self.values.sum(1) / share, "row", self.weight)
 
 
 def batches(size: int, batch_size: int) -> Iterator[slice]:

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 
 from rlhf_lab.functional.losses import bradley_terry
+from rlhf_lab.functional.spans import Level, compared
 from rlhf_lab.types import NonNegative, SafetyPairBatch, ScoreForward, Term
 
 
@@ -19,6 +20,7 @@ class CostModel:
     Args:
         sign_weight: w. 1 as in the paper (eq. 6); 0 leaves the pairwise term, and with it no meaning to "cost <= 0"
             until the model is calibrated.
+        level: where the costs are compared and their signs asked for, as for the reward model.
         l2: weight of the squared scores.
 
     Source: Dai et al. 2023, arXiv:2310.12773, eq. 6.
@@ -27,17 +29,24 @@ class CostModel:
     trains: ClassVar[str] = "scorer"
     reads: ClassVar[str] = "safety_pairs"
 
+    level: Level
     sign_weight: NonNegative
     l2: NonNegative
 
+    @property
+    def token_scores(self) -> bool:
+        """Whether it reads a cost after every token."""
+        return self.level == "token"
+
     def loss(self, new: ScoreForward, batch: SafetyPairBatch) -> Sequence[Term]:
-        low, high = new.first, new.second  # first: the safer
-        signs = -F.logsigmoid(batch.safer_sign * low) - F.logsigmoid(batch.unsafer_sign * high)
-        right = (batch.safer_sign * low > 0).float() + (batch.unsafer_sign * high > 0).float()
+        low, high, weight = compared(new, batch.texts, self.level)  # first: the safer
+        z_low, z_high = batch.safer_sign, batch.unsafer_sign
+        signs = -F.logsigmoid(z_low[:, None] * low) - F.logsigmoid(z_high[:, None] * high)
+        right = (z_low * new.first > 0).float() + (z_high * new.second > 0).float()
         return [
-            Term("pairwise", bradley_terry(high, low), "row"),
-            Term("sign", signs, "row", self.sign_weight),
-            Term("l2", (low.square() + high.square()) / 2, "row", self.l2),
-            Term("accuracy", (high > low).float(), "row", 0.0),
+            Term("pairwise", (weight * bradley_terry(high, low)).sum(1), "row"),
+            Term("sign", (weight * signs).sum(1), "row", self.sign_weight),
+            Term("l2", (weight * (low.square() + high.square())).sum(1) / 2, "row", self.l2),
+            Term("accuracy", (new.second > new.first).float(), "row", 0.0),
             Term("accuracy_sign", right / 2, "row", 0.0),
         ]

@@ -78,19 +78,39 @@ def critic_values(critics: Critics, sequences: Sequences) -> dict[str, Tensor]:
     return {name: _widen(values[..., k], mask, width) for k, name in enumerate(critics.names)}
 
 
-def raw_scores(model: "PreTrainedModel", sequences: Sequences) -> Tensor:
-    """(B,): a value model's output at the last real token of each row, found from the mask and never from pad ids."""
-    inputs, _ = _inputs(sequences)
+def _read(model: "PreTrainedModel", sequences: Sequences, token_scores: bool) -> tuple[Tensor, Tensor]:
+    """(B, D) outputs at the last real token of each row, found from the mask and never from pad ids; (B, T) scores."""
+    inputs, columns = _inputs(sequences)
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
     mask = inputs["attention_mask"]
     last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
-    return model.get_submodule("score")(hidden[torch.arange(len(hidden)), last]).float()[:, 0]
+    head = model.get_submodule("score")
+    ends = head(hidden[torch.arange(len(hidden)), last]).float()
+    if not token_scores:
+        return ends, ends[:, :0]
+    response_mask = sequences.response_mask[:, columns]
+    scores = head(hidden[:, hidden.shape[1] - response_mask.shape[1] :]).float()[..., 0]
+    return ends, _widen(scores, response_mask, sequences.response_mask.shape[1])
 
 
-def text_scores(model: "PreTrainedModel", texts: tuple[Sequences, ...]) -> ScoreForward:
-    """A value model's raw scores of the two responses of each row."""
-    first, second = texts
-    return ScoreForward(raw_scores(model, first), raw_scores(model, second))
+def raw_outputs(model: "PreTrainedModel", sequences: Sequences) -> Tensor:
+    """(B, D): what a value model says after the last real token of each row; the first output is the score."""
+    return _read(model, sequences, False)[0]
+
+
+def raw_scores(model: "PreTrainedModel", sequences: Sequences) -> Tensor:
+    """(B,): a value model's raw score of each row."""
+    return raw_outputs(model, sequences)[:, 0]
+
+
+def text_scores(model: "PreTrainedModel", texts: tuple[Sequences, ...], *, token_scores: bool = False) -> ScoreForward:
+    """A value model's raw outputs for each response of each row, and its scores after each token if asked for."""
+    said = [_read(model, text, token_scores) for text in texts]
+    return ScoreForward(
+        scores=tuple(ends[:, 0] for ends, _ in said),
+        token_scores=tuple(scores for _, scores in said) if token_scores else (),
+        log_variances=tuple(ends[:, 1] for ends, _ in said) if said[0][0].shape[1] > 1 else (),
+    )
 
 
 def text_logprobs(model: "PreTrainedModel", texts: tuple[Sequences, ...]) -> PolicyForward | PairForward:

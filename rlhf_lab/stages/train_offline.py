@@ -199,7 +199,8 @@ class TrainOffline:
         return getattr(self.dataset, self.algorithm.reads)(split, template)
 
     def _part(self, model: "PreTrainedModel", batch: Trainable) -> Part:
-        forward = text_logprobs if self.trains_policy else text_scores
+        token_scores = getattr(self.algorithm, "token_scores", False)
+        forward = text_logprobs if self.trains_policy else partial(text_scores, token_scores=token_scores)
         return Part(batch, lambda rows: forward(model, rows.texts), self.algorithm.loss)
 
     def _with_reference(self, run: Run, split: str, template: Template, records: Sequence[Any]) -> Lesson:

@@ -11,9 +11,12 @@ from torch.testing import assert_close
 from rlhf_lab.algorithms.cost_model import CostModel
 from rlhf_lab.algorithms.reward_model import RewardModel
 from rlhf_lab.algorithms.sft import SFT
+from rlhf_lab.data.tokenise import join, pad
+from rlhf_lab.functional.spans import Level
 from rlhf_lab.types import PairBatch, PolicyForward, SafetyPairBatch, ScoreForward, Sequences, Term, TextBatch
 
 UNSAFE, SAFE = 1.0, -1.0
+SEQUENCE: Level = "sequence"
 
 
 def sequences(rows: int) -> Sequences:
@@ -51,8 +54,8 @@ def test_sft_is_the_negative_log_likelihood_of_each_token():
 
 
 def test_reward_model_by_hand():
-    new = ScoreForward(torch.tensor([2.0, -1.0, 0.5]), torch.tensor([1.0, 1.0, 0.5]))
-    terms = RewardModel(l2=0.01, use_margin=False).loss(new, pairs([5.0, 5.0, 5.0]))
+    new = ScoreForward((torch.tensor([2.0, -1.0, 0.5]), torch.tensor([1.0, 1.0, 0.5])))
+    terms = RewardModel(level=SEQUENCE, l2=0.01, use_margin=False).loss(new, pairs([5.0, 5.0, 5.0]))
     assert {term.name: (term.per, term.weight) for term in terms} == {
         "pairwise": ("row", 1.0),
         "l2": ("row", 0.01),
@@ -66,15 +69,19 @@ def test_reward_model_by_hand():
 
 
 def test_reward_model_asks_for_the_margin_only_if_told_to():
-    new, batch = ScoreForward(torch.tensor([2.0]), torch.tensor([1.0])), pairs([1.0])
-    assert named(RewardModel(l2=0.0, use_margin=True).loss(new, batch))["pairwise"].item() == pytest.approx(math.log(2))
-    without = named(RewardModel(l2=0.0, use_margin=False).loss(new, batch))["pairwise"].item()
+    new, batch = ScoreForward((torch.tensor([2.0]), torch.tensor([1.0]))), pairs([1.0])
+    assert named(RewardModel(level=SEQUENCE, l2=0.0, use_margin=True).loss(new, batch))[
+        "pairwise"
+    ].item() == pytest.approx(math.log(2))
+    without = named(RewardModel(level=SEQUENCE, l2=0.0, use_margin=False).loss(new, batch))["pairwise"].item()
     assert without == pytest.approx(-math.log(math.e / (1 + math.e)), rel=1e-5)
 
 
 def test_a_step_on_the_reward_models_loss_raises_the_preferred_score():
     first, second = torch.tensor([0.0, 3.0], requires_grad=True), torch.tensor([0.0, -3.0], requires_grad=True)
-    values = named(RewardModel(l2=0.0, use_margin=False).loss(ScoreForward(first, second), pairs([0.0, 0.0])))
+    values = named(
+        RewardModel(level=SEQUENCE, l2=0.0, use_margin=False).loss(ScoreForward((first, second)), pairs([0.0, 0.0]))
+    )
     up, down = torch.autograd.grad(values["pairwise"].sum(), (first, second))
     assert up.lt(0).all()
     assert down.gt(0).all()
@@ -85,7 +92,9 @@ def test_a_step_on_the_reward_models_loss_raises_the_preferred_score():
 @pytest.mark.parametrize("unsafer", [SAFE, UNSAFE])
 def test_the_signs_of_the_cost_loss_on_the_four_combinations_of_labels(safer: float, unsafer: float):
     low, high = torch.tensor([0.4], requires_grad=True), torch.tensor([-0.7], requires_grad=True)
-    values = named(CostModel(sign_weight=1.0, l2=0.0).loss(ScoreForward(low, high), verdicts([safer], [unsafer])))
+    values = named(
+        CostModel(level=SEQUENCE, sign_weight=1.0, l2=0.0).loss(ScoreForward((low, high)), verdicts([safer], [unsafer]))
+    )
     # labelled unsafe: descent raises the cost; labelled safe: descent lowers it
     slopes = torch.autograd.grad(values["sign"].sum(), (low, high), retain_graph=True)
     assert [torch.sign(slope).item() for slope in slopes] == [-safer, -unsafer]
@@ -95,8 +104,8 @@ def test_the_signs_of_the_cost_loss_on_the_four_combinations_of_labels(safer: fl
 
 
 def test_cost_model_by_hand():
-    new = ScoreForward(torch.tensor([-1.0, 0.5]), torch.tensor([2.0, -0.5]))
-    terms = CostModel(sign_weight=0.5, l2=0.01).loss(new, verdicts([SAFE, SAFE], [UNSAFE, UNSAFE]))
+    new = ScoreForward((torch.tensor([-1.0, 0.5]), torch.tensor([2.0, -0.5])))
+    terms = CostModel(level=SEQUENCE, sign_weight=0.5, l2=0.01).loss(new, verdicts([SAFE, SAFE], [UNSAFE, UNSAFE]))
     assert {term.name: (term.per, term.weight) for term in terms} == {
         "pairwise": ("row", 1.0),
         "sign": ("row", 0.5),
@@ -119,6 +128,60 @@ def test_cost_model_by_hand():
 
 
 def test_half_of_the_verdicts_right_is_half():
-    new = ScoreForward(torch.tensor([1.0]), torch.tensor([2.0]))
-    terms = CostModel(sign_weight=1.0, l2=0.0).loss(new, verdicts([SAFE], [UNSAFE]))
+    new = ScoreForward((torch.tensor([1.0]), torch.tensor([2.0])))
+    terms = CostModel(level=SEQUENCE, sign_weight=1.0, l2=0.0).loss(new, verdicts([SAFE], [UNSAFE]))
     assert named(terms)["accuracy_sign"].item() == 0.5
+
+
+def token_wise() -> tuple[ScoreForward, PairBatch, list[list[tuple[float, float]]]]:
+    """Scores after every token of two pairs, and the pairs of scores that are to be compared."""
+    prompts = pad([[3], [3]], 0, "left")
+    chosen = join(*prompts, *pad([[5, 6, 1], [5, 1]], 0, "right"))
+    rejected = join(*prompts, *pad([[5, 1], [7, 7, 7, 1]], 0, "right"))
+    batch = PairBatch(chosen=chosen, rejected=rejected, margin=torch.tensor([0.5, 0.0]))
+    first = torch.tensor([[9.0, 0.3, -0.4], [0.1, 0.8, 0.0]], requires_grad=True)
+    second = torch.tensor([[9.0, -0.2, 0.0, 0.0], [0.6, 0.7, -0.5, 0.2]], requires_grad=True)
+    new = ScoreForward(
+        scores=(first[[0, 1], [2, 1]], second[[0, 1], [1, 3]]),
+        token_scores=(first, second),
+    )
+    return new, batch, [[(0.3, -0.2), (-0.4, -0.2)], [(0.1, 0.6), (0.8, 0.7), (0.8, -0.5), (0.8, 0.2)]]
+
+
+def test_the_token_wise_reward_loss_is_the_mean_of_the_sequence_wise_one_over_the_span():
+    new, batch, rows = token_wise()
+    values = named(RewardModel(level="token", l2=0.1, use_margin=True).loss(new, batch))
+    for i, (margin, pairs_of_row) in enumerate(zip([0.5, 0.0], rows, strict=True)):
+        losses = [math.log(1 + math.exp(-(w - lost - margin))) for w, lost in pairs_of_row]
+        squares = [(w**2 + lost**2) / 2 for w, lost in pairs_of_row]
+        assert values["pairwise"][i].item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+        assert values["l2"][i].item() == pytest.approx(sum(squares) / len(squares), rel=1e-5)
+    assert values["accuracy"].tolist() == [0.0, 1.0]  # of the ends, which is what a score is
+    first, second = new.token_scores
+    left, right = torch.autograd.grad(values["pairwise"].sum(), (first, second))
+    assert left[0].ne(0).tolist() == [False, True, True]  # what both responses share teaches nothing
+    assert right[0].ne(0).tolist() == [False, True, False, False]  # nor does padding
+
+
+def test_the_token_wise_cost_loss_is_the_mean_of_the_sequence_wise_one_over_the_span():
+    new, pairs_read, rows = token_wise()
+    batch = SafetyPairBatch(
+        safer=pairs_read.chosen,
+        unsafer=pairs_read.rejected,
+        safer_sign=torch.tensor([SAFE, SAFE]),
+        unsafer_sign=torch.tensor([UNSAFE, SAFE]),
+    )
+    values = named(CostModel(level="token", sign_weight=1.0, l2=0.1).loss(new, batch))
+    for i, high_sign in enumerate([UNSAFE, SAFE]):
+        wins = [math.log(1 + math.exp(low - high)) for low, high in rows[i]]
+        signs = [math.log(1 + math.exp(low)) + math.log(1 + math.exp(-high_sign * high)) for low, high in rows[i]]
+        assert values["pairwise"][i].item() == pytest.approx(sum(wins) / len(wins), rel=1e-5)
+        assert values["sign"][i].item() == pytest.approx(sum(signs) / len(signs), rel=1e-5)
+    assert values["accuracy"].tolist() == [1.0, 0.0]
+    assert values["accuracy_sign"].tolist() == [0.5, 0.0]
+
+
+def test_a_method_says_whether_it_reads_a_score_after_every_token():
+    for level, expected in (("token", True), ("sequence", False)):
+        assert RewardModel(level=level, l2=0.0, use_margin=False).token_scores is expected
+        assert CostModel(level=level, sign_weight=1.0, l2=0.0).token_scores is expected

@@ -251,3 +251,19 @@ def test_text_scores_are_the_raw_scores_of_each_side(scorer_folder: Folder, ragg
     close(found.first, raw_scores(model, first))
     close(found.second, raw_scores(model, second))
     assert not torch.allclose(found.first, found.second)
+
+
+def test_token_scores_are_the_classifiers_own_on_the_response_so_far(scorer_folder: Folder, ragged: Ragged):
+    for architecture in ("llama", "gpt2"):
+        model = scorer_of(scorer_folder(architecture))
+        first, prompts, responses = ragged(model.config.vocab_size, 3, seed=1)
+        second, _, _ = ragged(model.config.vocab_size, 3, seed=2)
+        found = text_scores(model, (wider(first, 2, 3), second), token_scores=True)
+        assert found.token_scores[1].shape == second.response_mask.shape
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            for t in range(len(response)):
+                alone = model(input_ids=torch.tensor([prompt + response[: t + 1]])).logits[0, 0]
+                close(found.token_scores[0][i, t], alone)
+            assert found.token_scores[0][i, len(response) :].eq(0).all()
+            close(found.token_scores[0][i, len(response) - 1], found.first[i])
+    assert text_scores(model, (first, second)).token_scores == ()
