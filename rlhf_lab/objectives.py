@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf_lab.functional.kl import KLEstimator, kl_estimate
+from rlhf_lab.functional.kl import Divergence, KLEstimator, kl_estimate
 from rlhf_lab.interfaces import KLController
 from rlhf_lab.records import Prompt
 from rlhf_lab.types import Count, Fraction, PolicyForward, Positive, ScoredRollout, Term
@@ -41,7 +41,18 @@ class WeightedSum:
 
 @dataclass(frozen=True, kw_only=True)
 class KLPenalty:
-    """How the KL to the reference is estimated, where its penalty acts, and how its coefficient moves.
+    """How the distance to the reference is estimated, where its penalty acts, and how its coefficient moves.
+
+    What E[r] - penalty is maximal at, for responses of one token; nu is what makes it sum to 1:
+
+        k1 in the reward     KL(pi || ref)       pi = ref exp(r / beta) / Z
+        k2 in the loss       KL(pi || ref)       the same: on policy its gradient is log(pi / ref) grad log pi
+        k3 in the loss       KL(ref || pi)       pi = beta ref / (nu - r): its gradient is (1 - ref / pi) grad log pi
+        chi2 in the reward   E_pi[pi / ref] - 1  pi = ref (r - nu)_+ / (2 beta)
+
+    The derivative of E_pi[pi / ref] with respect to pi(y) is 2 pi(y) / ref(y), so that is what a response pays for
+    chi2; what is logged is the divergence itself. In the loss a penalty sees each token on its own and not what it
+    leads to: over several tokens the same holds for each, with r the reward to be expected after it.
 
     Args:
         estimator: the estimate that is penalised, and therefore logged as `objective/kl`.
@@ -49,10 +60,11 @@ class KLPenalty:
         controller: what the configured coefficient is multiplied by as the run goes.
 
     Raises:
-        ValueError: k1 in the loss. Its expected gradient is zero, so it would penalise nothing.
+        ValueError: k1 in the loss, which penalises nothing; k2 or k3 in the reward, which also reward a token for
+            becoming rarer than in the reference; chi2 in the loss.
     """
 
-    estimator: KLEstimator
+    estimator: Divergence
     placement: Literal["reward", "loss"]
     controller: KLController
 
@@ -63,17 +75,30 @@ class KLPenalty:
                 "use kl.estimator=k2 (whose gradient on policy is that of the KL) or k3, or kl.placement=reward"
             )
 
+        if self.placement == "reward" and self.estimator in ("k2", "k3"):
+            raise ValueError(
+                f"kl.placement=reward with kl.estimator={self.estimator} penalises no divergence: a token that the "
+                "policy has made rarer than the reference pays for it when it is sampled, which makes it rarer still; "
+                "use kl.estimator=k1, or kl.placement=loss"
+            )
+        if self.placement == "loss" and self.estimator == "chi2":
+            raise ValueError(
+                "kl.placement=loss with kl.estimator=chi2 has half the gradient of the divergence; "
+                "use kl.placement=reward"
+            )
+
     def step(self, scored: ScoredRollout) -> None:
         """Let the controller see this iteration, before its penalty is computed."""
         self.controller.step(scored.logprobs, scored.ref_logprobs)
 
     def estimate(self, scored: ScoredRollout) -> Tensor:
-        """(B, T) nats per token, of the policy that sampled."""
+        """(B, T) per token, of the policy that sampled: nats, or the share of chi2."""
         return kl_estimate(scored.logprobs, scored.ref_logprobs, self.estimator)
 
     def in_reward(self, kl: Tensor, coef: float) -> Tensor:
         """(B, T): what each token's reward loses; zeros if the penalty acts in the loss."""
-        return coef * kl if self.placement == "reward" else torch.zeros_like(kl)
+        slope = 2.0 if self.estimator == "chi2" else 1.0  # E_pi[pi / ref] is of second order in pi
+        return coef * slope * kl if self.placement == "reward" else torch.zeros_like(kl)
 
     def in_loss(self, new: PolicyForward, old: ScoredRollout, coef: float) -> Sequence[Term]:
         """The penalty as a term of the loss, gradient through the estimate; none if it acts in the reward."""

@@ -1,10 +1,14 @@
 """What is maximised: weighted sums, and the KL penalty with its controllers, worked by hand."""
 
+import math
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from rlhf_lab.functional.kl import Divergence, KLEstimator, kl_estimate
 from rlhf_lab.objectives import AdaptiveKL, FixedKL, KLPenalty, WeightedSum
 from rlhf_lab.records import Prompt
 from rlhf_lab.types import PolicyForward, Rollout, ScoredRollout, Sequences
@@ -51,12 +55,53 @@ def test_no_weights_are_refused():
         WeightedSum({})
 
 
-def test_k1_in_the_loss_is_refused_and_the_other_placements_are_not():
-    with pytest.raises(ValueError, match="penalises nothing"):
-        KLPenalty(estimator="k1", placement="loss", controller=FixedKL())
-    KLPenalty(estimator="k1", placement="reward", controller=FixedKL())
-    KLPenalty(estimator="k2", placement="loss", controller=FixedKL())
-    KLPenalty(estimator="k3", placement="loss", controller=FixedKL())
+@pytest.mark.parametrize(
+    ("estimator", "placement", "message"),
+    [
+        ("k1", "loss", "penalises nothing"),
+        ("k2", "reward", "k2 penalises no divergence.*use kl.estimator=k1"),
+        ("k3", "reward", "k3 penalises no divergence.*or kl.placement=loss"),
+        ("chi2", "loss", "half the gradient"),
+    ],
+)
+def test_estimators_whose_gradient_is_of_no_divergence_there_are_refused(
+    estimator: Divergence, placement: Literal["reward", "loss"], message: str
+):
+    with pytest.raises(ValueError, match=message):
+        KLPenalty(estimator=estimator, placement=placement, controller=FixedKL())
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_in_the_reward_these_push_further_from_the_reference_what_is_already_rarer(estimator: KLEstimator):
+    # why they are refused: E_pi[k grad log pi] by hand, at a policy that has one token rarer than the reference
+    logits = torch.tensor([0.0, 2.0], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
+    policy = logits.log_softmax(0)
+    kl = kl_estimate(policy.detach(), reference, estimator)
+    (penalised,) = torch.autograd.grad((policy.exp().detach() * kl * policy).sum(), logits, retain_graph=True)
+    (divergence,) = torch.autograd.grad((policy.exp() * (policy - reference)).sum(), logits)
+    assert divergence[0] < 0  # descending the KL brings the rare token back
+    assert penalised[0] > 0  # descending the penalty makes it rarer still
+
+
+def test_chi2_sums_to_the_ratio_of_the_response_and_costs_twice_that():
+    logprobs, reference = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-1.5, -1.0, 0.0]])
+    penalty = KLPenalty(estimator="chi2", placement="reward", controller=FixedKL())
+    share = penalty.estimate(scored_by(logprobs, reference))
+    ratios = torch.tensor([1.0, math.exp(0.5), math.exp(-0.5), math.exp(-0.5)])
+    assert_close(share, ratios.diff()[None])
+    assert_close(penalty.in_reward(share, 0.1).sum(), torch.tensor(0.2 * (math.exp(-0.5) - 1)))
+
+
+def test_what_chi2_charges_has_the_gradient_of_the_divergence():
+    logits = torch.tensor([0.3, -1.0, 0.8], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
+    policy = logits.log_softmax(0)
+    (exact,) = torch.autograd.grad((policy - reference).exp() @ policy.exp(), logits, retain_graph=True)
+    penalty = KLPenalty(estimator="chi2", placement="reward", controller=FixedKL())
+    charged = penalty.in_reward(kl_estimate(policy.detach()[:, None], reference[:, None], "chi2"), 1.0)[:, 0]
+    (estimated,) = torch.autograd.grad((policy.exp().detach() * charged) @ policy, logits)
+    assert_close(estimated, exact)
 
 
 def test_what_is_penalised_is_the_divergence_of_the_policy_from_the_reference():
@@ -69,11 +114,11 @@ def test_what_is_penalised_is_the_divergence_of_the_policy_from_the_reference():
 def test_the_penalty_acts_in_the_reward_or_in_the_loss_and_never_in_both():
     old = scored_by(torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.0]]))
     new = PolicyForward(torch.tensor([[-0.5, -3.0]], requires_grad=True), torch.zeros(1, 2), {})
-    in_reward = KLPenalty(estimator="k2", placement="reward", controller=FixedKL())
+    in_reward = KLPenalty(estimator="k1", placement="reward", controller=FixedKL())
     in_loss = KLPenalty(estimator="k2", placement="loss", controller=FixedKL())
     kl = in_reward.estimate(old)
-    assert_close(kl, torch.tensor([[0.125, 0.5]]))  # of the policy that sampled
-    assert_close(in_reward.in_reward(kl, 0.1), torch.tensor([[0.0125, 0.05]]))
+    assert_close(kl, torch.tensor([[0.5, -1.0]]))  # of the policy that sampled
+    assert_close(in_reward.in_reward(kl, 0.1), torch.tensor([[0.05, -0.1]]))
     assert list(in_reward.in_loss(new, old, 0.1)) == []
     assert in_loss.in_reward(kl, 0.1).eq(0).all()
     (term,) = in_loss.in_loss(new, old, 0.1)
@@ -108,7 +153,7 @@ def test_the_adaptive_factor_compounds_and_averages_over_responses_of_any_length
 
 
 def test_the_penalty_shows_the_controller_the_policy_and_the_reference_in_that_order():
-    penalty = KLPenalty(estimator="k3", placement="reward", controller=adaptive())
+    penalty = KLPenalty(estimator="k3", placement="loss", controller=adaptive())
     penalty.step(scored_by(torch.full((10, 1), -1.0), torch.full((10, 1), -3.2)))  # 2.2 nats by the controller's k1
     assert penalty.controller.factor == pytest.approx(1.01, rel=1e-6)
 

@@ -17,6 +17,7 @@ class PPO:
     """Maximise E[reward] - beta KL(policy || reference), with one critic and clipped ratios."""
 
     critics: ClassVar[tuple[str, ...]] = ("reward",)
+    least_samples: ClassVar[int] = 1
 
     objective: Objective
     kl: KLPenalty

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from rlhf_lab.functional.advantages import gae, token_rewards
 from rlhf_lab.functional.losses import clip_fraction, clipped_surrogate, clipped_value
@@ -13,13 +14,15 @@ from rlhf_lab.types import Experience, Fraction, Metrics, NonNegative, PolicyFor
 
 @dataclass(frozen=True, kw_only=True)
 class PPOLagrangian:
-    """Maximise E[reward] - beta KL(policy || reference) subject to E[cost_j] <= limit_j for every constraint j.
+    """Maximise E[reward] - beta KL(policy || reference) subject to bound_j(cost_j) <= limit_j for every constraint j.
 
     One critic for the reward and one for each cost; A = (A_R - sum_j lambda_j A_Cj) / (1 + sum_j lambda_j).
     The penalty is outside that quotient, as published: a nat costs beta whatever the prices, beside a reward that they
     divide. In units of the reward it costs beta (1 + sum_j lambda_j), so prices that rise also hold the policy closer
     to the reference.
     """
+
+    least_samples: ClassVar[int] = 1
 
     objective: Objective
     constraints: Mapping[str, Constraint]  # cost stream -> its constraint
@@ -70,7 +73,8 @@ class PPOLagrangian:
             # dual ascent before the policy moves, on the raw costs, as in the reference implementation
             metrics |= {f"lagrange/{name}/{key}": value for key, value in constraint.step(scores[name]).items()}
             # + beta k in the cost, - beta k in the reward: the weighted sum keeps exactly - beta k, whatever lambda
-            costs = token_rewards(scores[name], -penalty, mask, self.reward_clip)
+            priced = constraint.surrogate(scores[name])  # the cost itself for a bound of the mean
+            costs = token_rewards(priced, -penalty, mask, self.reward_clip)
             cost_advantages, targets[name] = gae(costs, scored.values[name], mask, gamma=self.gamma, lam=self.lam)
             advantages = advantages - constraint.multiplier * cost_advantages
             prices += constraint.multiplier

@@ -55,3 +55,62 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
         next_value = values[:, t]
     advantages = advantages.where(mask, 0)
     return advantages, (advantages + values).where(mask, 0)
+
+
+LEAST_SPREAD = 1e-4  # reward units: what equal responses may differ by, scored in different batches
+
+
+def leave_one_out(returns: Tensor, group: Tensor) -> Tensor:
+    """Subtract from each return the mean return of the other responses to its prompt.
+
+    Args:
+        returns: (B,) in reward units, after the KL penalty and the priced cost.
+        group: (B,) int64; equal values answer the same prompt. Order and group sizes are free.
+
+    Returns:
+        (B,) advantages; they sum to zero within each group.
+
+    Raises:
+        ValueError: a group has one response, so it has no others.
+
+    Source: REINFORCE leave-one-out, Ahmadian et al. 2024, arXiv:2402.14740.
+    Note: subtracting the whole group's mean instead, a plain group baseline, gives (n - 1) / n times this.
+    """
+    place, size, total = _grouped(returns, group)
+    others = (total[place] - returns) / (size[place] - 1)
+    return returns - others
+
+
+def group_relative(returns: Tensor, group: Tensor, *, scale_by_sd: bool) -> Tensor:
+    """Subtract from each return the mean of its group, and divide by the group's standard deviation.
+
+    Args:
+        returns, group: (B,) each, as in `leave_one_out`.
+        scale_by_sd: whether to divide. A group that spreads less than LEAST_SPREAD is divided by that instead: its
+            advantages stay near zero, and equal returns give exactly zero.
+
+    Returns:
+        (B,) advantages; they sum to zero within each group.
+
+    Raises:
+        ValueError: a group has one response, so it has nothing to be compared with.
+
+    Source: Shao et al. 2024, arXiv:2402.03300, section 4.1.2; the deviation divides by the group's size.
+    """
+    place, size, total = _grouped(returns, group)
+    centred = returns - (total / size)[place]
+    if not scale_by_sd:
+        return centred
+    variance = torch.zeros_like(total).index_add(0, place, centred.square()) / size
+    return centred / variance.sqrt().clamp(min=LEAST_SPREAD)[place]
+
+
+def _grouped(returns: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(B,) place of each row's group among the groups, and of each of these the size and the sum of returns."""
+    _, place, size = group.unique(return_inverse=True, return_counts=True)
+    if size.min() < 2:
+        raise ValueError(
+            f"{int((size < 2).sum())} of {len(size)} prompts have one response, which has no siblings to be compared "
+            "with; set stage.samples_per_prompt to 2 or more"
+        )
+    return place, size, torch.zeros(len(size), dtype=returns.dtype).index_add(0, place, returns)

@@ -141,6 +141,11 @@ class TrainOnline:
                 f"{sorted(self.rewards)}; add reward.sources.{missing[0]} or change objective.weights"
             )
         self.sampling.check_trainable()
+        if self.samples_per_prompt < self.algorithm.least_samples:
+            raise ValueError(
+                f"stage.samples_per_prompt={self.samples_per_prompt}, but {type(self.algorithm).__name__} compares "
+                f"responses to one prompt; set stage.samples_per_prompt to {self.algorithm.least_samples} or more"
+            )
         minibatch_count(self.batch_size, self.learner.keywords["minibatch_size"])
         if self.ptx_coef and self.demonstrations is None:
             raise ValueError(

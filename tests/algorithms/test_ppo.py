@@ -35,6 +35,9 @@ class FixedPrice:
     def step(self, cost: Tensor) -> Metrics:
         return {"lambda": self.multiplier}
 
+    def surrogate(self, cost: Tensor) -> Tensor:
+        return cost
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 

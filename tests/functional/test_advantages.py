@@ -1,11 +1,14 @@
 """Token rewards by hand, and advantage estimation against its definition as a mixture of n-step returns."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from rlhf_lab.functional.advantages import gae, last_index, token_rewards
+from rlhf_lab.functional.advantages import gae, group_relative, last_index, leave_one_out, token_rewards
 
 
 def mixture_of_returns(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
@@ -79,3 +82,40 @@ def test_an_empty_response_is_refused_and_counted():
 def test_last_index_finds_the_last_true_column():
     mask = torch.tensor([[True, False, False], [True, True, True], [False, True, False], [True, False, True]])
     assert last_index(mask).tolist() == [0, 2, 1, 2]
+
+
+def loop_over_groups(returns: Tensor, group: Tensor, scale: bool) -> tuple[list[float], list[float]]:
+    """Leave-one-out and group-relative advantages, one response at a time."""
+    alone, relative = [], []
+    for i, own in enumerate(returns.tolist()):
+        siblings = [returns[j].item() for j in range(len(returns)) if group[j] == group[i] and j != i]
+        everyone = [*siblings, own]
+        mean = sum(everyone) / len(everyone)
+        deviation = (sum((g - mean) ** 2 for g in everyone) / len(everyone)) ** 0.5 if scale else 1.0
+        alone.append(own - sum(siblings) / len(siblings))
+        relative.append((own - mean) / deviation)
+    return alone, relative
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_group_advantages_against_a_slow_loop_in_any_order_with_any_sizes(scale: bool):
+    group = torch.tensor([7, 2, 7, 2, 2, 9, 7, 9, 2])
+    returns = torch.randn(9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    alone, relative = loop_over_groups(returns, group, scale)
+    assert_close(leave_one_out(returns, group), torch.tensor(alone, dtype=torch.float64))
+    assert_close(group_relative(returns, group, scale_by_sd=scale), torch.tensor(relative, dtype=torch.float64))
+
+
+def test_a_group_of_equal_returns_teaches_nothing_and_rounding_does_not_either():
+    group = torch.tensor([0, 0, 0, 1, 1])
+    returns = torch.tensor([0.7, 0.7, 0.7, 1.0, 1.0 + 1e-6])
+    advantages = group_relative(returns, group, scale_by_sd=True)
+    assert advantages[:3].abs().max() < 1e-2
+    assert advantages[3:].abs().max() < 1e-2
+    assert leave_one_out(returns, group)[:3].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("advantages", [leave_one_out, partial(group_relative, scale_by_sd=True)])
+def test_a_response_without_siblings_is_refused(advantages: Callable[[Tensor, Tensor], Tensor]):
+    with pytest.raises(ValueError, match=r"2 of 3 prompts have one response.*samples_per_prompt to 2"):
+        advantages(torch.zeros(4), torch.tensor([0, 1, 1, 2]))
