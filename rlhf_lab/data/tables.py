@@ -79,6 +79,13 @@ def write_table(rows: Rows, file: Path) -> None:
     parquet.write_table(pa.Table.from_pylist(rows), file)
 
 
+def join_tables(parts: Sequence[Path], file: Path) -> None:
+    """Write the rows of several parquet files of equal columns as one, holding one of them at a time."""
+    with parquet.ParquetWriter(file, parquet.read_schema(parts[0])) as writer:
+        for part in parts:
+            writer.write_table(parquet.read_table(part))
+
+
 def check_table(path: str) -> None:
     """Refuse a data path that is not there, before anything is loaded; a hub id (owner/name) is let pass.
 

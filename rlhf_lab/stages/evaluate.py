@@ -1,6 +1,7 @@
 """A policy on every held-out split: all scores, gold, KL to the reference, lengths; each with its interval."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from rlhf_lab.data.dataset import Dataset
@@ -14,6 +15,25 @@ from rlhf_lab.rewards.gold import Gold
 from rlhf_lab.run import Run
 from rlhf_lab.seeds import derive
 from rlhf_lab.types import Count, Metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What any number of policies of one kind are measured with, loaded once.
+
+    Fields:
+        options: device, type, seed and new tokens that a policy is loaded with.
+    """
+
+    evaluator: Evaluator
+    scorer: Scorer
+    sampling: Sampling
+    options: Mapping[str, Any]
+
+    def measure(self, policy: str) -> tuple[Metrics, list[dict[str, Any]]]:
+        """The metrics of the policy in a folder and one row per response, see `Evaluator`."""
+        engine = Generator(load_frozen(policy, **self.options), self.evaluator.template, self.sampling)
+        return self.evaluator.evaluate(engine, self.scorer)
 
 
 class Evaluate:
@@ -49,19 +69,19 @@ class Evaluate:
         for source in self.rewards.values():
             source.check(promised)
 
-    def run(self, run: Run) -> Metrics:
+    def bench(self, policy: str, seed: int) -> Bench:
+        """Load what policies are measured with; `policy` is the folder of one of them, which says how prompts read."""
         device = self.hardware.start()
         new_tokens = self.model.new_tokens
-        template = Template(load_tokenizer(self.model.policy, new_tokens), self.dataset.template_style)
+        template = Template(load_tokenizer(policy, new_tokens), self.dataset.template_style)
         self.conditions.check(template)
         prompts = {split: self.dataset.prompts(split, template) for split in self.dataset.splits}
         options = {
             "device": device,
             "dtype": LEARNT,
-            "seed": derive(run.seed, "initial weights"),
+            "seed": derive(seed, "initial weights"),
             "new_tokens": new_token_ids(template.tokenizer, new_tokens),
         }
-        policy = load_frozen(self.model.policy, **options)
         scorer = Scorer(
             rewards={name: source.load(self.hardware, template) for name, source in self.rewards.items()},
             reference=load_frozen(self.model.reference, **options),
@@ -73,14 +93,18 @@ class Evaluate:
             prompts=under_conditions(prompts, self.conditions),
             gold={name: Gold(measure) for name, measure in self.dataset.gold.items()},
             template=template,
-            seed=run.seed,
+            seed=seed,
         )
+        return Bench(evaluator=evaluator, scorer=scorer, sampling=self.sampling, options=options)
+
+    def run(self, run: Run) -> Metrics:
+        bench = self.bench(self.model.policy, run.seed)
         run.resume()
         for note in self.dataset.notes:
             run.warn(0, note)
         if self.model.policy == self.model.reference:
             run.warn(0, "the reference is the policy itself: its KL is 0; name what it started from, model.reference=")
-        metrics, rows = evaluator.evaluate(Generator(policy, template, self.sampling), scorer)
+        metrics, rows = bench.measure(self.model.policy)
         run.write_rows("samples/step_000000.jsonl", rows)
         run.log(0, metrics)
         return metrics

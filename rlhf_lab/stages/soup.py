@@ -1,0 +1,124 @@
+"""A soup of policies, measured on every held-out split; and, if asked, every weighting of them on a lattice."""
+
+import json
+import re
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rlhf_lab.data.dataset import Dataset
+from rlhf_lab.data.tables import read_table, write_table
+from rlhf_lab.engine.generate import Sampling
+from rlhf_lab.engine.models import Hardware, ModelPaths
+from rlhf_lab.engine.soups import Space, check_soup, merge
+from rlhf_lab.functional.simplex import simplex_lattice
+from rlhf_lab.interfaces import Conditions
+from rlhf_lab.run import Run
+from rlhf_lab.stages.evaluate import Bench, Evaluate
+from rlhf_lab.types import Count, Metrics, NonNegative
+
+MIXTURE = ".mixture"  # a lattice point's weights, while it is measured
+
+
+class Soup:
+    """Mix policies, write the mixture as `policy/`, and evaluate it.
+
+    With a grid every weighting in steps of 1 / grid is mixed and evaluated too, with the same random numbers, and
+    `data/lattice.parquet` has a row for each weighting and split: weights, split, and every metric of `Evaluate` under
+    its name without `eval/<split>/`. Metrics: those of `Evaluate` and `soup/weight/<i>`; step k is lattice point k,
+    and the last step the mixture that was written.
+
+    Args:
+        rewards: name -> source; null leaves one out.
+        conditions: what the policies are told beside each request.
+        tokens_at_once: budget of one scoring forward.
+        policies: folders; of whole models, or of LoRA adapters.
+        weights: shares of one whole, one for each policy.
+        space: what is averaged, see `engine/soups.py`.
+        grid: steps from 0 to 1 on the lattice of weights; null for none.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: ModelPaths,
+        dataset: Dataset,
+        rewards: Mapping[str, Any],
+        evaluation_sampling: Sampling,
+        hardware: Hardware,
+        tokens_at_once: Count,
+        conditions: Conditions,
+        policies: Sequence[str],
+        weights: Sequence[NonNegative],
+        space: Space,
+        grid: Count | None,
+    ) -> None:
+        self.evaluation = Evaluate(
+            model=model,
+            dataset=dataset,
+            rewards=rewards,
+            evaluation_sampling=evaluation_sampling,
+            hardware=hardware,
+            tokens_at_once=tokens_at_once,
+            conditions=conditions,
+        )
+        self.policies, self.weights, self.grid = tuple(policies), tuple(weights), grid
+        self.space: Space = space
+
+    def check(self, promised: Collection[str] = ()) -> None:
+        """Refuse what cannot work, before anything is loaded; `promised` paths will be there by then."""
+        self.evaluation.check(promised)
+        check_soup(self.policies, self.weights, self.space, promised)
+
+    def run(self, run: Run) -> Metrics:
+        run.resume()  # there are no checkpoints: the finished points of the lattice are what it continues from
+        for left in run.directory.glob(f"{MIXTURE}*"):  # by a process that was killed
+            shutil.rmtree(left)
+        policy = run.directory / "policy"
+        if not policy.exists():
+            with run.folder("policy") as folder:
+                merge(self.policies, self.weights, self.space, folder)
+        bench = self.evaluation.bench(str(policy), run.seed)
+        for note in self.evaluation.dataset.notes:
+            run.warn(0, note)
+        points = list(simplex_lattice(len(self.policies), self.grid)) if self.grid else []
+        table: list[dict[str, Any]] = []
+        for k in run.console.steps("lattice of weights, point", 0, len(points), {}):
+            metrics = self._point(run, bench, k, points[k])
+            table += _by_split(points[k], metrics)
+            run.log(k, metrics | _named(points[k]))
+        if table:
+            with run.folder("data") as folder:
+                write_table(table, folder / "lattice.parquet")
+        metrics, rows = bench.measure(str(policy))
+        run.write_rows(f"samples/step_{len(points):06d}.jsonl", rows)
+        run.log(len(points), metrics | _named(self.weights))
+        return run.last
+
+    def _point(self, run: Run, bench: Bench, k: int, weights: Sequence[float]) -> Metrics:
+        """Mix, measure and forget; what was measured stays in `lattice/<k>`, so that it is done once."""
+        place = Path(f"lattice/{k:05d}")
+        if not (run.directory / place).exists():
+            with TemporaryDirectory(dir=run.directory, prefix=MIXTURE) as mixture:
+                merge(self.policies, weights, self.space, Path(mixture))
+                metrics, rows = bench.measure(mixture)
+            with run.folder(str(place)) as folder:
+                write_table([metrics], folder / "metrics.parquet")
+                (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        [metrics] = read_table(run.directory / place / "metrics.parquet")
+        return metrics
+
+
+def _named(weights: Sequence[float]) -> Metrics:
+    return {f"soup/weight/{i}": weight for i, weight in enumerate(weights)}
+
+
+def _by_split(weights: Sequence[float], metrics: Metrics) -> list[dict[str, Any]]:
+    """One row per split, its metrics without `eval/<split>/`."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, value in metrics.items():
+        if found := re.fullmatch(r"eval/([^/]+)/(.+)", name):
+            rows.setdefault(found[1], {"weights": list(weights), "split": found[1]})[found[2]] = value
+    return list(rows.values())
