@@ -7,7 +7,7 @@ Shapes: B rows, P prompt positions (padded left), T response positions (padded r
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -23,6 +23,8 @@ Count = Annotated[int, Gt(0)]
 NonNegativeCount = Annotated[int, Ge(0)]
 
 Metrics = dict[str, float]
+
+GAUSSIAN = ("mean", "log_variance")  # outputs of a value model that says how sure it is, by the names it is saved with
 
 
 def _map(value: Any, change: Any) -> Any:
@@ -120,6 +122,7 @@ class Score(Batch):
 
     value: Tensor  # (B,)
     members: Tensor  # (B, M); M = 1 for a source that is not an ensemble
+    variances: tuple[Tensor, ...] = ()  # (B, M), one: each member's own, if its members say how sure they are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +203,7 @@ class PairBatch(Batch):
     reference: tuple[
         Tensor, ...
     ] = ()  # (B,) log-probability of each response under the reference, if a method reads it
+    gaps: dict[str, Tensor] = field(default_factory=dict)  # score -> (B,) that of the preferred less that of the other
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -211,6 +215,33 @@ class PairBatch(Batch):
     @property
     def lengths(self) -> Tensor:
         return self.chosen.lengths + self.rejected.lengths
+
+    def beside(self, reference: tuple[Tensor, ...]) -> Self:
+        """The same pairs with (B,) log-probabilities of each text under the reference."""
+        return replace(self, reference=reference)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuadrupleBatch(Batch):
+    """Two pairs a row, of which the first is the stronger preference."""
+
+    strong: PairBatch
+    weak: PairBatch
+
+    def __len__(self) -> int:
+        return len(self.strong)
+
+    @property
+    def texts(self) -> tuple[Sequences, ...]:
+        return *self.strong.texts, *self.weak.texts
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.strong.lengths + self.weak.lengths
+
+    def beside(self, reference: tuple[Tensor, ...]) -> Self:
+        """The same pairs with (B,) log-probabilities of each text under the reference."""
+        return replace(self, strong=self.strong.beside(reference[:2]), weak=self.weak.beside(reference[2:]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +285,18 @@ class PairForward:
 
     chosen: PolicyForward
     rejected: PolicyForward
+
+    def log_ratios(self, reference: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """(B,) each: log pi(y|x) - log pi_ref(y|x) of the chosen and of the rejected response."""
+        return self.chosen.sequence_logprobs - reference[0], self.rejected.sequence_logprobs - reference[1]
+
+
+@dataclass(frozen=True)
+class QuadrupleForward:
+    """What a policy says of the two pairs of each row; carries gradient."""
+
+    strong: PairForward
+    weak: PairForward
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lab.engine.models import Critics
-from rlhf_lab.types import PairForward, PolicyForward, ScoreForward, Sequences
+from rlhf_lab.types import PairForward, PolicyForward, QuadrupleForward, ScoreForward, Sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -113,7 +113,13 @@ def text_scores(model: "PreTrainedModel", texts: tuple[Sequences, ...], *, token
     )
 
 
-def text_logprobs(model: "PreTrainedModel", texts: tuple[Sequences, ...]) -> PolicyForward | PairForward:
-    """What a policy says of the response, or of the two responses, of each row."""
+def text_logprobs(
+    model: "PreTrainedModel", texts: tuple[Sequences, ...]
+) -> PolicyForward | PairForward | QuadrupleForward:
+    """What a policy says of the response, or of the two or four responses, of each row."""
     said = [policy_forward(model, text) for text in texts]
-    return said[0] if len(said) == 1 else PairForward(*said)
+    if len(said) == 1:
+        return said[0]
+    if len(said) == 2:
+        return PairForward(*said)
+    return QuadrupleForward(PairForward(*said[:2]), PairForward(*said[2:]))
