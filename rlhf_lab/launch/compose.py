@@ -106,21 +106,38 @@ def _shrink(config: DictConfig, typed: Collection[str]) -> None:
             OmegaConf.update(config, str(key), small)
 
 
-def _reached(config: DictConfig) -> set[str]:
-    """The top-level keys that the run reads: its stage, its tracker, plain values, and what these refer to."""
+def _reached(config: DictConfig) -> dict[str, set[str]]:
+    """What the run reads: its stage, its tracker, plain values, and what these refer to.
+
+    Returns:
+        Top-level key -> the entries of it that are read; none means all. A group that is a mere list of names, such as
+        `scorers`, is read by entry: what is not referred to need not be built.
+    """
     raw = OmegaConf.to_container(config, resolve=False)
     assert isinstance(raw, dict)
-    reached: set[str] = {str(key) for key, value in raw.items() if not isinstance(value, dict)}
-    waiting = ["stage", "tracker", "shrink"]
+    reached: dict[str, set[str]] = {str(key): set() for key, value in raw.items() if not isinstance(value, dict)}
+    waiting = [("stage", ""), ("tracker", ""), ("shrink", "")]
+    done: set[tuple[str, str]] = set()
     while waiting:
-        key = waiting.pop()
-        reached.add(key)
-        names = re.findall(r"\$\{(?:[\w]+:[^{}]*)?(\w+)", json.dumps(raw[key]))
-        waiting += [name for name in names if name in raw and name not in reached]
+        key, entry = place = waiting.pop()
+        if place in done:
+            continue
+        done.add(place)
+        by_entry = entry in raw[key] and "_target_" not in raw[key]
+        read = reached.setdefault(key, {entry} if by_entry else set())
+        if not by_entry:
+            read.clear()
+        elif read:
+            read.add(entry)
+        spelled = json.dumps(raw[key][entry] if by_entry else raw[key])
+        names = re.findall(r"\$\{(?:[\w]+:[^{}]*)?(\w+)(?:\.(\w+))?", spelled)
+        waiting += [(name, inner) for name, inner in names if isinstance(raw.get(name), dict)]
     return reached
 
 
-def default_name(overrides: Sequence[str], choices: Mapping[str, str], config: DictConfig, reached: set[str]) -> str:
+def default_name(
+    overrides: Sequence[str], choices: Mapping[str, str], config: DictConfig, reached: Collection[str]
+) -> str:
     """A run's name: its experiment or its method and reward, its seed, and whatever else was typed.
 
     What was typed in full becomes a digest when it is long.
@@ -148,18 +165,28 @@ def key_of(override: str) -> str:
     return override.lstrip("+~").split("=")[0].split("@")[0]
 
 
-def _settle(config: DictConfig, reached: Collection[str]) -> dict[str, Any]:
+def _settle(config: DictConfig, reached: Mapping[str, set[str]]) -> dict[str, Any]:
     """The resolved values of what the run reads.
 
     Container by container, so that a reference in a group that is not read is not followed.
     """
-    return {
-        str(key): OmegaConf.to_container(config[key], resolve=True, throw_on_missing=False)
-        if OmegaConf.is_config(config[key])
-        else config[key]
-        for key in config
-        if key in reached
-    }
+
+    def plain(value: Any) -> Any:
+        if not OmegaConf.is_config(value):
+            return value
+        return OmegaConf.to_container(value, resolve=True, throw_on_missing=False)
+
+    settled: dict[str, Any] = {}
+    for key in map(str, config):
+        if read := reached.get(key):
+            settled[key] = {
+                str(entry): "???" if OmegaConf.is_missing(config[key], entry) else plain(config[key][entry])
+                for entry in config[key]
+                if entry in read
+            }
+        elif key in reached:
+            settled[key] = plain(config[key])
+    return settled
 
 
 def plan_run(config: DictConfig, overrides: Sequence[str], choices: Mapping[str, str]) -> Plan:
