@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from rlhf_lab.report.canvas import Panel
 from rlhf_lab.report.plots import (
+    best_of_n,
     by_split,
     cost_against_limit,
     diagnostics,
@@ -19,6 +20,7 @@ from rlhf_lab.report.plots import (
     overshoot,
     overview,
     rewards,
+    soups,
     violations,
 )
 from rlhf_lab.report.run import Run
@@ -84,6 +86,20 @@ FIGURES: tuple[FigureSpec, ...] = (
         caption="Gain since the first evaluation. Where the proxy climbs and gold does not, the reward model is being "
         "gamed; upright strokes are the gap.",
         panels=overoptimisation,
+    ),
+    FigureSpec(
+        name="best_of_n",
+        title="Best of n",
+        caption="Unbiased, with 95% intervals over prompts. Where the proxy climbs and gold does not, choosing "
+        "harder no longer pays.",
+        panels=best_of_n,
+    ),
+    FigureSpec(
+        name="soups",
+        title="Soups",
+        caption="Each marker is a policy mixed by weights; the dashed line is what taking some responses from each "
+        "single policy would give.",
+        panels=soups,
     ),
     FigureSpec(
         name="ensemble",

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -280,6 +282,63 @@ def learning(run: Run) -> list[Panel]:
     return panels
 
 
+def best_of_n(run: Run) -> list[Panel]:
+    """What the best of n gains over one sample: the objective and the gold scores by KL and by n, gold costs apart.
+
+    Source: the axes of Coste et al. 2024, arXiv:2310.02743, figure 1.
+    """
+    kl = run.series("best_of_n/kl")
+    if not kl.exists:
+        return []
+    split = run.splits[0]
+    names = run.streams(f"eval/{split}/best_of_n/gain/gold/<name>/mean")
+
+    labels = {"proxy": "proxy, the objective", **{f"gold/{name}": f"gold {name}" for name in names}}
+
+    def gains(x: Array, metrics: Sequence[str]) -> list[Curve]:
+        looks = zip(metrics, ("blue", *GOLD, *PROXY), ("s", *MARKERS), strict=False)
+        drawn = [held_out(run, split, f"best_of_n/gain/{m}", labels[m], colour, marker) for m, colour, marker in looks]
+        return [replace(curve, x=x) for curve in drawn]
+
+    better = ["proxy", *(f"gold/{name}" for name in names if not run.is_gold_cost(name))]
+    worse = [f"gold/{name}" for name in names if run.is_gold_cost(name)]
+    title, by_kl, unit = f"Best of n on {split}: gain", "KL of the best of n (nats)", "over one sample (own units)"
+    return [
+        *panel(run, title, unit, gains(kl.value, better), x_label=by_kl),
+        *panel(run, title, unit, gains(np.log2(kl.step), better), x_label="log₂ n"),
+        *panel(run, "Best of n: gold costs", unit, gains(kl.value, worse), x_label=by_kl),
+    ]
+
+
+def soups(run: Run) -> list[Panel]:
+    """Every pair of gold scores across the weights of a soup, and what a mixture of the responses would give.
+
+    Below the dashed line a soup is worse than taking each response from one or the other policy.
+    """
+    if not run.streams("soup/weight/<name>"):
+        return []
+    panels = []
+    weights = [run.series(f"soup/weight/{name}").value for name in run.streams("soup/weight/<name>")]
+    pure = [int(np.flatnonzero(weight == 1)[0]) for weight in weights if (weight == 1).any()]
+    for split in run.splits[:1]:
+        for first, second in combinations(run.gold, 2):
+            x = evaluated(run, split, f"gold/{first}").value
+            path = held_out(run, split, f"gold/{second}", f"weights on a lattice, {split}", "amber")
+            lattice, written = slice(0, len(x) - 1), slice(len(x) - 1, None)
+            kind = "held_out" if len(weights) == 2 else "points"  # of more policies the lattice is no path
+            ci = None if path.ci is None else path.ci[lattice]
+            curves = [replace(path, x=x[lattice], y=path.y[lattice], ci=ci, kind=kind)] if len(x) > 1 else []
+            if len(pure) == len(weights) == 2:
+                ends = np.array(pure)
+                curves.append(Curve(x=x[ends], y=path.y[ends], label="responses mixed", colour="muted", kind="limit"))
+            ci = None if path.ci is None else path.ci[written]
+            made = replace(path, x=x[written], y=path.y[written], ci=ci, label="the one written", colour="blue")
+            panels += panel(
+                run, "Mixtures", f"gold {second}", [*curves, replace(made, marker="s")], x_label=f"gold {first}"
+            )
+    return panels
+
+
 def by_split(run: Run) -> list[Panel]:
     """Every held-out score with one line per split; never their average."""
     scores = [f"gold/{name}" for name in run.gold_of_any_sign]
@@ -298,7 +357,7 @@ def by_split(run: Run) -> list[Panel]:
 
 def overview(run: Run) -> list[Panel]:
     """What a person asks first, on one picture: six panels at most."""
-    panels = proxy_and_gold(run)[:1] or (rewards(run) or gold(run))[:1]
+    panels = best_of_n(run) or soups(run)[:1] or proxy_and_gold(run)[:1] or (rewards(run) or gold(run))[:1]
     panels += cost_against_limit(run)[:1] + multipliers(run)[:1] + divergence(run)[:1]
     panels += overoptimisation(run)[:1] + disagreement(run)[:1]
     return (panels or learning(run))[:6]

@@ -15,7 +15,7 @@ import pytest
 from rlhf_lab.report.canvas import in_words, rolling_mean
 from rlhf_lab.report.figures import FIGURES, OVERVIEW
 from rlhf_lab.report.page import build_report
-from rlhf_lab.report.plots import by_split, multipliers, overoptimisation
+from rlhf_lab.report.plots import best_of_n, by_split, multipliers, overoptimisation, soups
 from rlhf_lab.report.run import read_run
 from rlhf_lab.report.summary import comparisons, duration, number, timings
 
@@ -442,3 +442,41 @@ def test_a_browser_without_network_opens_the_page_from_disk(tmp_path: Path):
     assert "&lt;script&gt;alert" in done.stdout
     assert "<script" not in done.stdout
     assert size_of_png(picture) == (1200, 1600)
+
+
+def test_best_of_n_is_drawn_by_its_kl_and_by_n_with_costs_apart(tmp_path: Path):
+    gain = "eval/test/best_of_n/gain"
+    lines = [
+        {"step": n, "best_of_n/kl": math.log(n) - (n - 1) / n}
+        | {f"{gain}/{name}/{key}": value for name in scores for key, value in (("mean", scores[name]), ("ci95", 0.1))}
+        for n, scores in (
+            (1, {"proxy": 0.0, "gold/helpfulness": 0.0, "gold/cost": 0.0}),
+            (4, {"proxy": 0.7, "gold/helpfulness": 0.5, "gold/cost": 0.2}),
+        )
+    ]
+    write_lines(tmp_path / "metrics.jsonl", lines)
+    by_kl, by_n, costs = best_of_n(read_run(tmp_path))
+    assert [curve.label for curve in by_kl.curves] == ["proxy, the objective", "gold helpfulness"]
+    assert [curve.label for curve in costs.curves] == ["gold cost"]
+    assert by_kl.curves[0].x.tolist() == pytest.approx([0, 0.636294])
+    assert by_n.curves[1].x.tolist() == [0, 2]
+    assert by_n.curves[1].y.tolist() == [0, 0.5]
+    build_report(tmp_path)
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {"overview", "best_of_n"}
+
+
+def test_soups_are_drawn_as_a_path_between_the_single_policies(tmp_path: Path):
+    points = [(0.0, 1.0, 1.2, 0.9), (0.5, 0.5, 2.0, 0.6), (1.0, 0.0, 2.2, 0.1), (0.3, 0.7, 1.7, 0.8)]
+    lines = [
+        {"step": k, "soup/weight/0": one, "soup/weight/1": other}
+        | {"eval/test/gold/helpfulness/mean": x, "eval/test/gold/humour/mean": y, "eval/test/gold/humour/ci95": 0.05}
+        for k, (one, other, x, y) in enumerate(points)
+    ]
+    write_lines(tmp_path / "metrics.jsonl", lines)
+    [drawn] = soups(read_run(tmp_path))
+    path, mixed, written = drawn.curves
+    assert (drawn.x_label, drawn.y_label) == ("gold helpfulness", "gold humour")
+    assert list(zip(path.x, path.y, strict=True)) == [(1.2, 0.9), (2.0, 0.6), (2.2, 0.1)]
+    assert sorted(zip(mixed.x, mixed.y, strict=True)) == [(1.2, 0.9), (2.2, 0.1)]
+    assert list(zip(written.x, written.y, strict=True)) == [(1.7, 0.8)]
+    assert soups(read_run(make_run(tmp_path / "other", num_steps=4))) == []
