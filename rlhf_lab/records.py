@@ -78,10 +78,22 @@ class PreferencePair:
     chosen: str
     rejected: str
     margin: float
+    gaps: Mapping[str, float] = field(default_factory=dict)  # score -> by how much the preferred response's is higher
 
     @property
     def responses(self) -> tuple[str, str]:
         return self.chosen, self.rejected
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quadruple:
+    """Two pairs, the first the stronger preference: its preferred response wins by more.
+
+    Source: preferences over preferences, Chittepu et al. 2025, arXiv:2509.22851.
+    """
+
+    strong: PreferencePair
+    weak: PreferencePair
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """A data set as every stage reads it: prompts, demonstrations or pairs of a named split, whatever they come from."""
 
 import random
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from rlhf_lab.data import tiny_help
 from rlhf_lab.data.tables import BadRows, RowFilter, Rows, check_table, hold_out, need, prompt_of, read_splits
 from rlhf_lab.data.templates import Style, Template
-from rlhf_lab.records import Demonstration, PreferencePair, Prompt, SafetyPair
+from rlhf_lab.records import Demonstration, PreferencePair, Prompt, Quadruple, SafetyPair
 from rlhf_lab.seeds import derive
 from rlhf_lab.types import Count, Fraction
 
@@ -25,6 +26,10 @@ NEEDS = {
     "prompts": (["prompt"], "a run on prompts"),
     "demonstrations": (["prompt", "response"], "supervised fine-tuning"),
     "preferences": (["prompt"], "a reward model"),
+    "quadruples": (
+        [f"{strength}_{name}" for strength in ("strong", "weak") for name in ("prompt", "chosen", "rejected")],
+        "a method on preferences over preferences",
+    ),
     "safety_pairs": (["prompt", "response_0", "response_1", "safer", "safe_0", "safe_1"], "a cost model"),
 }
 
@@ -37,8 +42,9 @@ class Dataset:
             embedded world, `embedded:tiny_help`, which draws fresh records from a seed.
         revision: of a hub data set.
         columns: name here -> name in the data, null where they agree. Names here: prompt, response (demonstrations);
-            chosen, rejected, margin, or response_0, response_1, better (preferences); response_0, response_1, safer,
-            safe_0, safe_1 (safety). `better` and `safer` are 0 or 1.
+            chosen, rejected, or response_0, response_1, better (preferences); margin, or of the two sides
+            score_chosen, score_rejected or score_0, score_1, whose difference is the margin; response_0, response_1,
+            safer, safe_0, safe_1 (safety). `better` and `safer` are 0 or 1.
         template: how conversations are written for the model; "auto" takes the tokenizer's own if it has one.
         max_prompt_tokens, max_response_tokens: longer rows are bad rows.
         bad_rows: "error" refuses a data set with empty, duplicate or overlong rows; "drop" drops and counts them.
@@ -128,6 +134,19 @@ class Dataset:
             )
         return self.eval_splits
 
+    def prompt_ids(self, split: str, reads: str = "prompts") -> set[str]:
+        """Ids of the prompts of a split, of rows that would be dropped too; `reads`: prompts or demonstrations.
+
+        Raises:
+            ValueError: there is no such split, or it has no prompts.
+        """
+        if not self.is_world:
+            return {prompt.id for prompt in self._prompts(self._raw("prompts", split), split)}
+        size, seed = self._size(split), self._seed(split)
+        if reads == "demonstrations":
+            return {record.prompt.id for record in tiny_help.demonstrations(split, size, seed)}
+        return {prompt.id for prompt in tiny_help.sample_prompts(split, size, seed)}
+
     def prompts(self, split: str, template: Template) -> list[Prompt]:
         """The prompts of a split, each once."""
         if self.is_world:
@@ -158,12 +177,49 @@ class Dataset:
         for i, (prompt, row) in enumerate(zip(self._prompts(rows, split), rows, strict=True)):
             texts = self._texts(row, *(("chosen", "rejected") if sided else ("response_0", "response_1")))
             pairs.append((prompt, texts if sided or self._label(row, "better", split, i) == 0 else texts[::-1]))
-        prompts, texts, kept = self._fitting(pairs, split, template, unique=False)
-        margins = [float(rows[i].get(self._column("margin")) or 0.0) for i in kept]
-        return [
-            PreferencePair(prompt=p, chosen=t[0], rejected=t[1], margin=m)
-            for p, t, m in zip(prompts, texts, margins, strict=True)
-        ]
+        prompts, texts, kept = self._fitting(pairs, split, template, unique=False, distinct=True)
+        records: list[PreferencePair] = []
+        for prompt, (chosen, rejected), i in zip(prompts, texts, kept, strict=True):
+            better = 0 if sided else self._label(rows[i], "better", split, i)
+            gaps = self._gaps(rows[i], *(("chosen", "rejected") if sided else (f"{better}", f"{1 - better}")))
+            said = rows[i].get(self._column("margin"))
+            margin = gaps.pop("", 0.0) if said is None else float(said)
+            records.append(PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected, margin=margin, gaps=gaps))
+        return records
+
+    def _gaps(self, row: Mapping[str, Any], chosen: str, rejected: str) -> dict[str, float]:
+        """score -> how much higher it is on the side `chosen`: columns `score_<name>_<side>`, "" for `score_<side>`."""
+        named = (re.fullmatch(rf"score_(.+)_{chosen}", column) for column in row)
+        sides = {match[1]: (match[0], f"score_{match[1]}_{rejected}") for match in named if match}
+        sides[""] = self._column(f"score_{chosen}"), self._column(f"score_{rejected}")
+        return {name: float(row[a]) - float(row[b]) for name, (a, b) in sides.items() if row.keys() >= {a, b}}
+
+    def quadruples(self, split: str, template: Template) -> list[Quadruple]:
+        """Two pairs a row, the stronger preference first; `stage=quadruples` makes them of pairs with margins."""
+        rows = self._raw("quadruples", split)
+        halves: list[list[PreferencePair]] = []
+        for side in ("strong", "weak"):
+            texts = [self._texts(row, f"{side}_chosen", f"{side}_rejected") for row in rows]
+            prompts = self._prompts(rows, split, f"{side}_prompt")
+            halves.append(
+                [
+                    PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected, margin=0.0)
+                    for prompt, (chosen, rejected) in zip(prompts, texts, strict=True)
+                ]
+            )
+        bad = RowFilter(self._name(split), self.bad_rows)
+        records: list[Quadruple] = []
+        for i, (strong, weak) in enumerate(zip(*halves, strict=True)):
+            faults = [self._fault(pair.prompt, pair.responses, template, distinct=True) for pair in (strong, weak)]
+            if fault := faults[0] or faults[1]:
+                bad.reject(i, fault)
+            elif strong == weak:
+                bad.reject(i, "two equal pairs")
+            else:
+                records.append(Quadruple(strong=strong, weak=weak))
+        if note := bad.report(len(rows)):
+            self.notes.append(note)
+        return records
 
     def safety_pairs(self, split: str, template: Template) -> list[SafetyPair]:
         """Pairs, the safer response first. Labels may contradict each other (the safer one unsafe): they are noisy."""
@@ -243,10 +299,10 @@ class Dataset:
     def _texts(self, row: Mapping[str, Any], *names: str) -> tuple[str, ...]:
         return tuple(str(row[self._column(name)] or "") for name in names)
 
-    def _prompts(self, rows: Rows, split: str) -> list[Prompt]:
+    def _prompts(self, rows: Rows, split: str, column: str = "prompt") -> list[Prompt]:
         prompts: list[Prompt] = []
         for i, row in enumerate(rows):
-            value = row[self._column("prompt")]
+            value = row[self._column(column)]
             try:
                 prompts.append(prompt_of("" if value is None or value == [] else value))
             except ValueError as error:
@@ -298,8 +354,28 @@ class Dataset:
             rows = [rows[i] for i in sorted(random.Random(self._seed(split)).sample(range(len(rows)), size))]
         return rows
 
+    def _fault(self, prompt: Prompt, texts: Sequence[str], template: Template, *, distinct: bool) -> str:
+        """What is wrong with a row by itself, "" if nothing; `distinct`: its texts must differ."""
+        if not prompt.request.strip():
+            return "an empty prompt"
+        if not all(text.strip() for text in texts):
+            return "an empty response"
+        if distinct and len(set(texts)) < len(texts):
+            return "equal responses"
+        if len(template.prompt_tokens(prompt)) > self.max_prompt_tokens:
+            return f"a prompt over dataset.max_prompt_tokens={self.max_prompt_tokens}"
+        if any(len(template.response_tokens(text)) > self.max_response_tokens for text in texts):
+            return f"a response over dataset.max_response_tokens={self.max_response_tokens}"
+        return ""
+
     def _fitting(
-        self, pairs: Sequence[tuple[Prompt, tuple[str, ...]]], split: str, template: Template, *, unique: bool
+        self,
+        pairs: Sequence[tuple[Prompt, tuple[str, ...]]],
+        split: str,
+        template: Template,
+        *,
+        unique: bool,
+        distinct: bool = False,
     ) -> tuple[list[Prompt], list[tuple[str, ...]], list[int]]:
         """Rows that are whole, new and short enough: prompts, texts, and their row numbers."""
         bad = RowFilter(self._name(split), self.bad_rows)
@@ -307,16 +383,10 @@ class Dataset:
         kept: list[int] = []
         for i, (prompt, texts) in enumerate(pairs):
             identity = (prompt.id, *texts)
-            if not prompt.request.strip():
-                bad.reject(i, "an empty prompt")
-            elif not all(text.strip() for text in texts):
-                bad.reject(i, "an empty response")
+            if fault := self._fault(prompt, texts, template, distinct=distinct):
+                bad.reject(i, fault)
             elif identity in seen and (unique or not self.is_world):
                 bad.reject(i, "a duplicate of an earlier row")
-            elif len(template.prompt_tokens(prompt)) > self.max_prompt_tokens:
-                bad.reject(i, f"a prompt over dataset.max_prompt_tokens={self.max_prompt_tokens}")
-            elif any(len(template.response_tokens(text)) > self.max_response_tokens for text in texts):
-                bad.reject(i, f"a response over dataset.max_response_tokens={self.max_response_tokens}")
             else:
                 kept.append(i)
             seen.add(identity)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from rlhf_lab.data.templates import Template
-from rlhf_lab.records import Demonstration, PreferencePair, Prompt, SafetyPair
-from rlhf_lab.types import PairBatch, PromptBatch, Rollout, SafetyPairBatch, Sequences, TextBatch
+from rlhf_lab.records import Demonstration, PreferencePair, Prompt, Quadruple, SafetyPair
+from rlhf_lab.types import PairBatch, PromptBatch, QuadrupleBatch, Rollout, SafetyPairBatch, Sequences, TextBatch
 
 
 def pad(rows: Sequence[Sequence[int]], fill: int, side: str) -> tuple[Tensor, Tensor]:
@@ -79,6 +79,15 @@ def pair_batch(template: Template, records: Sequence[PreferencePair]) -> PairBat
         chosen=sequences(template, prompts, [record.chosen for record in records]),
         rejected=sequences(template, prompts, [record.rejected for record in records]),
         margin=torch.tensor([record.margin for record in records]),
+        gaps={name: torch.tensor([record.gaps[name] for record in records]) for name in records[0].gaps},
+    )
+
+
+def quadruple_batch(template: Template, records: Sequence[Quadruple]) -> QuadrupleBatch:
+    """Stronger pairs and weaker ones, side by side."""
+    return QuadrupleBatch(
+        strong=pair_batch(template, [record.strong for record in records]),
+        weak=pair_batch(template, [record.weak for record in records]),
     )
 
 
