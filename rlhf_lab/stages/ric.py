@@ -1,0 +1,517 @@
+"""Rewards-in-Context: learn to obtain the rewards that the prompt asks for, then from own responses to harder requests.
+
+Source: Yang et al. 2024, arXiv:2402.10207.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf_lab.data.cleaning import Cleaning
+from rlhf_lab.data.dataset import Dataset
+from rlhf_lab.data.reward_conditions import RewardContext, RewardNotation, moments
+from rlhf_lab.data.tables import read_table, write_table
+from rlhf_lab.data.templates import Template
+from rlhf_lab.data.tokenise import prompt_batch, rollout_of, text_batch
+from rlhf_lab.engine.forward import policy_forward
+from rlhf_lab.engine.generate import Generator, Sampling
+from rlhf_lab.engine.learner import Learner, Part
+from rlhf_lab.engine.models import (
+    LEARNT,
+    Hardware,
+    ModelPaths,
+    check_path,
+    load_frozen,
+    load_policy,
+    load_tokenizer,
+    new_token_ids,
+    parameters_of,
+    restore_parameters,
+    save_model,
+)
+from rlhf_lab.engine.score import Scorer
+from rlhf_lab.evaluation.evaluator import Evaluator
+from rlhf_lab.functional.targets import KeepRule, TargetMap, empirical_scale, gaussian_scale, keep
+from rlhf_lab.interfaces import OfflineAlgorithm, RewardSource
+from rlhf_lab.records import Demonstration, Prompt
+from rlhf_lab.rewards.gold import Gold
+from rlhf_lab.run import Run
+from rlhf_lab.seeds import derive, generator
+from rlhf_lab.types import Count, Fraction, Metrics, NonNegativeCount, Positive, batches
+
+SCALE_POINTS = 101  # levels of a reward's scale: its percentiles, if it is the data's
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Responses with the raw rewards that they obtained, (N, K), more being better in each."""
+
+    prompts: Sequence[Prompt]
+    responses: Sequence[str]
+    raw: Tensor
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+    def select(self, index: Tensor) -> "Scored":
+        """The rows `index` (int64), in that order."""
+        places: list[int] = index.tolist()
+        return Scored([self.prompts[i] for i in places], [self.responses[i] for i in places], self.raw[index])
+
+    def lessons(self, context: RewardContext) -> list[Demonstration]:
+        """Each response as the one to give when its own rewards are asked for."""
+        told = context.standardised(self.raw).tolist()
+        return [
+            Demonstration(prompt=context.told(prompt, rewards, {}), response=response)
+            for prompt, rewards, response in zip(self.prompts, told, self.responses, strict=True)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What one run shares: made when it starts, gone when it ends."""
+
+    template: Template
+    policy: PreTrainedModel
+    rewards: Mapping[str, RewardSource]
+    offline: Scored
+    context: RewardContext
+    evaluator: Evaluator
+    scorer: Scorer
+
+
+class RiC:
+    """Supervised learning of responses under their own rewards: offline on a data set, then online on own responses.
+
+    Args:
+        algorithm: the loss of a response; it reads demonstrations.
+        dataset: its held-out splits are told every trade-off, and evaluated.
+        demonstrations, preferences: what is learnt from offline, either or both; of a pair both responses.
+        rewards: name -> source; null leaves one out.
+        costs: names of those for which higher is worse.
+        told: the rewards that the policy is told, in this order; a cost is told with its sign turned.
+        notation: how they are written into the prompt.
+        target_range: from where to where rewards are asked for: "data", quantiles of the rewards of the offline
+            responses at the levels `range_quantiles`; "gaussian", the extremes of normal draws, as released.
+        target_map: which rewards a preference asks for, see `functional/targets.py`.
+        offline_steps, online_steps: optimiser steps, online in each iteration.
+        batch_size: rows of each.
+        online_iterations: 0: offline only.
+        online_lr: the policy's rate online, constant.
+        num_generation_samples: prompts answered in each iteration, of those that were learnt from offline.
+        with_replacement: whether a prompt may be drawn twice in one iteration.
+        cleaning: which of these responses are fit to be learnt from.
+        quantile_threshold, keep_rule: of them, those whose rewards reach this quantile of the iteration in any
+            reward, or in all.
+        num_origin_samples: offline responses learnt from again in each iteration, of those that pass the same rule.
+        trade_off_steps: of the grid of preferences in evaluation, from one reward to another.
+        prompts_per_shard: responses generated or scored between two saves; a killed run continues after the last.
+        checkpoint_every: optimiser steps.
+    """
+
+    def __init__(
+        self,
+        *,
+        algorithm: OfflineAlgorithm,
+        model: ModelPaths,
+        dataset: Dataset,
+        demonstrations: Dataset | None,
+        preferences: Dataset | None,
+        rewards: Mapping[str, Any],
+        costs: Sequence[str],
+        told: Sequence[str],
+        notation: RewardNotation,
+        target_range: Literal["data", "gaussian"],
+        range_quantiles: tuple[Fraction, Fraction],
+        target_map: TargetMap,
+        learner: partial[Learner],
+        hardware: Hardware,
+        offline_steps: Count,
+        batch_size: Count,
+        online_iterations: NonNegativeCount,
+        online_steps: Count,
+        online_lr: Positive,
+        generation_sampling: Sampling,
+        num_generation_samples: Count,
+        with_replacement: bool,
+        cleaning: Cleaning,
+        quantile_threshold: Fraction,
+        keep_rule: KeepRule,
+        num_origin_samples: Count,
+        evaluation_sampling: Sampling,
+        trade_off_steps: Count,
+        prompts_per_shard: Count,
+        checkpoint_every: Count,
+    ) -> None:
+        self.algorithm, self.model, self.dataset, self.hardware = algorithm, model, dataset, hardware
+        self.data = {
+            reads: data
+            for reads, data in (("demonstrations", demonstrations), ("preferences", preferences))
+            if data is not None
+        }
+        self.rewards = {name: source for name, source in rewards.items() if source is not None}
+        self.costs, self.told, self.notation = tuple(costs), tuple(told), notation
+        self.target_range: Literal["data", "gaussian"] = target_range
+        self.low, self.high = range_quantiles
+        self.target_map: TargetMap = target_map
+        self.learner, self.offline_steps, self.batch_size = learner, offline_steps, batch_size
+        self.online_iterations, self.online_steps, self.online_lr = online_iterations, online_steps, online_lr
+        self.generation_sampling, self.num_generation_samples = generation_sampling, num_generation_samples
+        self.with_replacement, self.cleaning = with_replacement, cleaning
+        self.quantile_threshold, self.num_origin_samples = quantile_threshold, num_origin_samples
+        self.keep_rule: KeepRule = keep_rule
+        self.evaluation_sampling, self.trade_off_steps = evaluation_sampling, trade_off_steps
+        self.prompts_per_shard, self.checkpoint_every = prompts_per_shard, checkpoint_every
+        settings = learner.keywords
+        if settings["epochs"] != 1 or settings["minibatch_size"]:
+            raise ValueError(
+                f"learner.epochs={settings['epochs']}, learner.minibatch_size={settings['minibatch_size']}: the length "
+                "of this run is said by stage.offline_steps, stage.online_steps and stage.batch_size; "
+                "leave these two at 1 and 0"
+            )
+        if self.low >= self.high:
+            raise ValueError(f"stage.range_quantiles=[{self.low}, {self.high}]: the first must be below the second")
+
+    def check(self, promised: Collection[str] = ()) -> None:
+        """Refuse what cannot work, before anything is loaded; `promised` paths will be there by then."""
+        for role in ("policy", "reference"):
+            check_path(getattr(self.model, role), f"model.{role}", promised)
+        if self.algorithm.reads != "demonstrations" or self.algorithm.trains != "policy":
+            raise ValueError(
+                f"stage=ric trains a policy on responses, but {type(self.algorithm).__name__} trains a "
+                f"{self.algorithm.trains} on {self.algorithm.reads}; use the loss of algorithm=sft"
+            )
+        self.dataset.check(promised)
+        if not self.data:
+            raise ValueError(
+                "stage=ric has nothing to learn from; name data with dataset@stage.demonstrations=<option> "
+                "or dataset@stage.preferences=<option>"
+            )
+        for reads, data in self.data.items():
+            data.check(promised, reads)
+            if data.is_world and reads == "preferences":
+                raise ValueError(
+                    f"stage.preferences.path={data.path}: the world draws no pairs; name a table of them "
+                    "(dataset@stage.preferences=tiny_help_preferences)"
+                )
+        if missing := [name for name in self.told if name not in self.rewards]:
+            raise ValueError(
+                f"stage.told={list(self.told)}, but the reward sources are {sorted(self.rewards)}; "
+                f"add reward.sources.{missing[0]} or change stage.told"
+            )
+        if not self.told or len(set(self.told)) < len(self.told):
+            raise ValueError(f"stage.told={list(self.told)}: name each reward once, and at least one")
+        for source in self.rewards.values():
+            source.check(promised)
+
+    @property
+    def new_tokens(self) -> list[str]:
+        """Words that the policy gets: those of the model's settings, and the levels of the rewards."""
+        return [*self.model.new_tokens, *self.notation.new_tokens(self.told)]
+
+    def run(self, run: Run) -> Metrics:
+        parts = self._load(run)
+        done, learner_state = self._resume(run, parts)
+        run.console.say(
+            f"{len(parts.offline)} responses under {', '.join(self.told)}; {self.offline_steps} steps, then "
+            f"{self.online_iterations} iterations of {self.online_steps}; template {parts.template.style}"
+        )
+        for phase in range(self.online_iterations + 1):
+            begin = self.offline_steps + (phase - 1) * self.online_steps if phase else 0
+            end = self.offline_steps + phase * self.online_steps
+            if done < end:
+                # at the beginning of a phase the optimiser is fresh, as in the release
+                self._learn(run, parts, phase, begin, end, learner_state if done > begin else None)
+                learner_state, done = None, end
+        with run.folder("data") as folder:
+            for name, rows in self._tables(run, parts).items():
+                write_table(rows, folder / f"{name}.parquet")
+        with run.folder("policy") as folder:
+            save_model(folder, parts.policy, parts.template.tokenizer)
+            parts.context.save(folder)
+        return run.last
+
+    def _learn(
+        self, run: Run, parts: Parts, phase: int, begin: int, end: int, learner_state: dict[str, Any] | None
+    ) -> None:
+        """The optimiser steps `begin` to `end` of one phase, 0 being offline, and its evaluation."""
+        lessons, facts = self._lessons(run, parts, phase)
+        online = {"lr": {"policy": self.online_lr}, "schedule": "constant", "warmup": 0} if phase else {}
+        learner = self.learner(modules={"policy": parts.policy}, total_updates=end - begin, **online)
+        first = begin
+        if learner_state is not None:
+            learner.load_state_dict(learner_state)
+            first = begin + learner.updates
+        latest: Metrics = {}
+        for place in run.console.steps(f"iteration {phase}" if phase else "offline", first, end, latest):
+            step = place + 1  # step k is the state after k optimiser steps
+            torch.manual_seed(derive(run.seed, "dropout", place))
+            parts.policy.train()
+            batch = text_batch(parts.template, self._rows(lessons, phase, place - begin, run.seed))
+            forward = partial(policy_forward, parts.policy)
+            part = Part(batch, lambda rows, forward=forward: forward(rows.sequences), self.algorithm.loss)
+            means = learner.update([part], derive(run.seed, "learner", place))
+            metrics = {name if name.startswith(("grad_norm", "lr")) else f"loss/{name}": v for name, v in means.items()}
+            metrics["episode"] = float(step * self.batch_size)
+            if step == begin + 1:
+                metrics |= facts
+            if step == end:
+                metrics |= self._evaluate(run, parts, phase, step)
+            latest.update(metrics)
+            run.log(step, metrics)
+            if step == end or step % self.checkpoint_every == 0:
+                run.save(step, {"model": parameters_of(parts.policy), "learner": learner.state_dict()})
+
+    def _rows(self, lessons: Sequence[Demonstration], phase: int, step: int, seed: int) -> list[Demonstration]:
+        """The next rows of an endless sequence of epochs, each epoch in an order of its own."""
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        orders = {
+            epoch: torch.randperm(len(lessons), generator=generator(seed, "order", phase, epoch)).tolist()
+            for epoch in {place // len(lessons) for place in places}
+        }
+        return [lessons[orders[place // len(lessons)][place % len(lessons)]] for place in places]
+
+    def _lessons(self, run: Run, parts: Parts, phase: int) -> tuple[list[Demonstration], Metrics]:
+        """What a phase learns from, and facts about it: all offline rows; or the best of them, and of every iteration.
+
+        Raises:
+            ValueError: no generated response was fit to be learnt from.
+        """
+        if not phase:
+            return parts.offline.lessons(parts.context), {"ric/rows": float(len(parts.offline))}
+        kept: list[Demonstration] = []
+        facts: Metrics = {}
+        for iteration in range(1, phase + 1):
+            rows = self._generated(run, parts, iteration)
+            fit = _fit(rows, parts)
+            if not len(fit):
+                raise ValueError(
+                    f"none of the {len(rows)} responses of iteration {iteration} is fit to be learnt from "
+                    f"({dict(Counter(row['dropped'] for row in rows))}); look at them in {run.directory}/shards, train "
+                    "longer offline, or relax stage.cleaning"
+                )
+            chosen = self._keep(fit, parts.context)
+            kept += chosen.lessons(parts.context)
+            facts = {"ric/generated": float(len(rows)), "ric/kept": float(len(chosen))}
+            facts |= {f"ric/dropped/{why}": float(n) for why, n in Counter(r["dropped"] for r in rows).items() if why}
+            obtained = parts.context.standardised(fit.raw).mean(0).tolist()
+            facts |= {f"ric/{name}/obtained": value for name, value in zip(self.told, obtained, strict=True)}
+        origin = self._keep(parts.offline, parts.context)
+        order = torch.randperm(len(origin), generator=generator(run.seed, "origin", phase))[: self.num_origin_samples]
+        again = origin.select(order)
+        lessons = [*again.lessons(parts.context), *kept]
+        return lessons, facts | {"ric/origin": float(len(again)), "ric/rows": float(len(lessons))}
+
+    def _keep(self, scored: Scored, context: RewardContext) -> Scored:
+        """Those of the responses that reach the quantile of their own rewards."""
+        chosen = keep(context.standardised(scored.raw), self.quantile_threshold, self.keep_rule)
+        return scored.select(chosen.nonzero()[:, 0])
+
+    def _generated(self, run: Run, parts: Parts, iteration: int) -> list[dict[str, Any]]:
+        """The rows of an iteration: made shard by shard by the policy as it is now, or read back."""
+        prompts = list({prompt.id: prompt for prompt in parts.offline.prompts}.values())
+        source = generator(run.seed, "prompts", iteration)
+        if self.with_replacement:
+            drawn = torch.randint(len(prompts), (self.num_generation_samples,), generator=source)
+        else:
+            drawn = torch.randperm(len(prompts), generator=source)[: self.num_generation_samples]
+        goals = parts.context.goals(len(drawn), derive(run.seed, "iteration", iteration)).tolist()
+        asked = [parts.context.told(prompts[i], goal, {}) for i, goal in zip(drawn.tolist(), goals, strict=True)]
+        engine = Generator(parts.policy.eval(), parts.template, self.generation_sampling)
+        cuts = list(batches(len(asked), self.prompts_per_shard))
+        made = [run.directory / f"shards/iteration_{iteration:02d}_{i:04d}/rows.parquet" for i in range(len(cuts))]
+        missing = [i for i in range(len(cuts)) if not made[i].exists()]
+        for k in run.console.steps(f"generating for iteration {iteration}, shard", 0, len(missing), {}):
+            i = missing[k]
+            seed = derive(run.seed, "generation", iteration, i)
+            rollout = engine.generate(prompt_batch(parts.template, asked[cuts[i]]), 1, seed)
+            finished = rollout.finished.tolist()
+            cleaned = [self.cleaning(*response) for response in zip(rollout.responses, finished, strict=True)]
+            shard = [
+                {"id": prompt.id, "prompt": prompt.request, "response": text, "dropped": why}
+                | {f"goal_{name}": value for name, value in zip(self.told, goal, strict=True)}
+                for prompt, (text, why), goal in zip(asked[cuts[i]], cleaned, goals[cuts[i]], strict=True)
+            ]
+            fit = [(prompt.plain, text) for prompt, (text, why) in zip(asked[cuts[i]], cleaned, strict=True) if not why]
+            raw = iter(self._score(parts.rewards, parts.template, [p for p, _ in fit], [t for _, t in fit]).tolist())
+            for row in shard:
+                obtained = [float("nan")] * len(self.told) if row["dropped"] else next(raw)
+                row |= {f"raw_{name}": value for name, value in zip(self.told, obtained, strict=True)}
+            with run.folder(f"shards/{made[i].parent.name}") as folder:
+                write_table(shard, folder / made[i].name)
+        return [row for file in made for row in read_table(file)]
+
+    def _score(
+        self, rewards: Mapping[str, RewardSource], template: Template, prompts: Sequence[Prompt], texts: Sequence[str]
+    ) -> Tensor:
+        """(N, K) float64: what the told sources say of each response, costs with their sign turned."""
+        if not texts:
+            return torch.zeros(0, len(self.told), dtype=torch.float64)
+        rollout = rollout_of(template, prompts, texts)
+        columns = [rewards[name].score(rollout).value.double() for name in self.told]
+        return torch.stack([-c if name in self.costs else c for name, c in zip(self.told, columns, strict=True)], 1)
+
+    def _evaluate(self, run: Run, parts: Parts, phase: int, step: int) -> Metrics:
+        """Every trade-off on the held-out prompts: what was asked for and what was obtained, in a table and as metrics.
+
+        The metrics are the correlations of the two, over all responses and over the means of the trade-offs.
+        """
+        engine = Generator(parts.policy.eval(), parts.template, self.evaluation_sampling)
+        measured, samples = parts.evaluator.evaluate(engine, parts.scorer)
+        run.write_rows(f"samples/step_{step:06d}.jsonl", samples)
+        signs = torch.tensor([-1.0 if name in self.costs else 1.0 for name in self.told])
+        grid: list[dict[str, Any]] = []
+        metrics: Metrics = {}
+        for split in self.dataset.splits:
+            desired, obtained, means = [], [], []
+            for name, weights in parts.context.trade_offs(self.trade_off_steps).items():
+                place = f"{split}:{name}"
+                rows = [row for row in samples if row["split"] == place]
+                raw = torch.tensor([[row["scores"][told] for told in self.told] for row in rows]) * signs
+                asked, got = parts.context.asked(weights), parts.context.standardised(raw)
+                desired.append(asked.expand_as(got))
+                obtained.append(got)
+                means.append(got.mean(0))
+                by_name = zip(self.told, weights, asked.tolist(), means[-1].tolist(), strict=True)
+                grid.append(
+                    {"step": step, "phase": phase, "split": split, "responses": len(rows)}
+                    | {f"{kind}_{told}": v for told, *vs in by_name for kind, v in zip(_KINDS, vs, strict=True)}
+                    | {
+                        key.removeprefix(f"eval/{place}/").replace("/", "_"): value
+                        for key, value in measured.items()
+                        if key.startswith(f"eval/{place}/")
+                    }
+                )
+            for k, told in enumerate(self.told):
+                wanted, found = torch.cat(desired)[:, k], torch.cat(obtained)[:, k]
+                points = torch.stack([torch.stack(desired)[:, 0, k], torch.stack(means)[:, k]])
+                prefix = f"eval/{split}/ric/{told}"
+                metrics[f"{prefix}/correlation"] = torch.corrcoef(torch.stack([wanted, found]))[0, 1].item()
+                metrics[f"{prefix}/correlation_of_means"] = torch.corrcoef(points)[0, 1].item()
+        with run.folder(f"shards/preference_grid_{phase:02d}") as folder:
+            write_table(grid, folder / "rows.parquet")
+        return metrics
+
+    def _tables(self, run: Run, parts: Parts) -> dict[str, list[dict[str, Any]]]:
+        """What the run leaves to be read: what was learnt from with its rewards, and what the trade-offs obtained."""
+        tables: dict[str, list[dict[str, Any]]] = {}
+        columns = zip(parts.offline.raw.tolist(), parts.context.standardised(parts.offline.raw).tolist(), strict=True)
+        tables["offline"] = [
+            {"id": prompt.id, "prompt": prompt.request, "response": response}
+            | {f"raw_{name}": value for name, value in zip(self.told, raw, strict=True)}
+            | {f"obtained_{name}": value for name, value in zip(self.told, told, strict=True)}
+            for prompt, response, (raw, told) in zip(
+                parts.offline.prompts, parts.offline.responses, columns, strict=True
+            )
+        ]
+        for iteration in range(1, self.online_iterations + 1):
+            tables[f"iteration_{iteration:02d}"] = self._generated(run, parts, iteration)
+        tables["preference_grid"] = [
+            row
+            for phase in range(self.online_iterations + 1)
+            for row in read_table(run.directory / f"shards/preference_grid_{phase:02d}/rows.parquet")
+        ]
+        return tables
+
+    def _load(self, run: Run) -> Parts:
+        """Read weights and data, and score the data once; everything that is shared is made here."""
+        template = Template(load_tokenizer(self.model.policy, self.new_tokens), self.dataset.template_style)
+        options = {
+            "device": self.hardware.start(),
+            "dtype": LEARNT,
+            "seed": derive(run.seed, "initial weights"),
+            "new_tokens": new_token_ids(template.tokenizer, self.new_tokens),
+        }
+        rewards = {name: source.load(self.hardware, template) for name, source in self.rewards.items()}
+        offline = self._offline(run, rewards, template)
+        mean, sd = moments(offline.raw, self.told)
+        units = (offline.raw - mean) / sd
+        context = RewardContext(
+            names=self.told,
+            notation=self.notation,
+            mean=mean,
+            sd=sd,
+            scale=empirical_scale(units, self.low, self.high, SCALE_POINTS)
+            if self.target_range == "data"
+            else gaussian_scale(len(self.told), SCALE_POINTS),
+            method=self.target_map,
+        )
+        held_out = {split: self.dataset.prompts(split, template) for split in self.dataset.splits}
+        seen = {prompt.id for prompt in offline.prompts}
+        for split, prompts in held_out.items():
+            if shared := sum(prompt.id in seen for prompt in prompts):
+                raise ValueError(f"{shared} prompts of {split} are also learnt from; hold them out")
+        for data in (self.dataset, *self.data.values()):
+            for note in data.notes:
+                run.warn(0, note)
+        scorer = Scorer(
+            rewards=rewards,
+            reference=load_frozen(self.model.reference, **options),
+            critics=None,
+            temperature=self.evaluation_sampling.temperature or 1.0,
+            tokens_at_once=self.learner.keywords["tokens_at_once"],
+        )
+        prompts = {
+            f"{split}:{name}": told
+            for split, each in held_out.items()
+            for name, told in context.under_trade_offs(each, self.trade_off_steps).items()
+        }
+        return Parts(
+            template=template,
+            policy=load_policy(self.model.policy, **options),
+            rewards=rewards,
+            offline=offline,
+            context=context,
+            evaluator=Evaluator(prompts, {n: Gold(m) for n, m in self.dataset.gold.items()}, template, run.seed),
+            scorer=scorer,
+        )
+
+    def _offline(self, run: Run, rewards: Mapping[str, RewardSource], template: Template) -> Scored:
+        """The responses of the data sets with their rewards, scored shard by shard, or read back."""
+        prompts: list[Prompt] = []
+        responses: list[str] = []
+        for reads, data in self.data.items():
+            _, asked, sides = data.table(data.train_split, reads, template)
+            for texts in sides.values():
+                prompts += asked
+                responses += texts
+        cuts = list(batches(len(responses), self.prompts_per_shard))
+        made = [run.directory / f"shards/offline_{i:04d}/rows.parquet" for i in range(len(cuts))]
+        missing = [i for i in range(len(cuts)) if not made[i].exists()]
+        for k in run.console.steps("scoring, shard", 0, len(missing), {}):
+            i = missing[k]
+            scores = self._score(rewards, template, prompts[cuts[i]], responses[cuts[i]]).tolist()
+            with run.folder(f"shards/{made[i].parent.name}") as folder:
+                write_table([dict(zip(self.told, row, strict=True)) for row in scores], folder / made[i].name)
+        raw = [[row[name] for name in self.told] for file in made for row in read_table(file)]
+        return Scored(prompts, responses, torch.tensor(raw, dtype=torch.float64))
+
+    def _resume(self, run: Run, parts: Parts) -> tuple[int, dict[str, Any] | None]:
+        """(optimiser steps done, state of the optimiser), with the policy as it was after the last checkpoint."""
+        resumed = run.resume()
+        if resumed is None:
+            return 0, None
+        step, state = resumed
+        restore_parameters(parts.policy, state["model"])
+        return step, state["learner"]
+
+
+_KINDS = ("weight", "desired", "obtained")
+
+
+def _fit(rows: Sequence[Mapping[str, Any]], parts: Parts) -> Scored:
+    """Those of the generated rows that were not dropped."""
+    by_id = {prompt.id: prompt for prompt in parts.offline.prompts}
+    fit = [row for row in rows if not row["dropped"]]
+    raw = [[row[f"raw_{name}"] for name in parts.context.names] for row in fit]
+    return Scored(
+        [by_id[row["id"]] for row in fit],
+        [row["response"] for row in fit],
+        torch.tensor(raw, dtype=torch.float64).reshape(len(fit), len(parts.context.names)),
+    )
