@@ -196,6 +196,12 @@ class Aggregate(Protocol):
     def __call__(self, members: Tensor) -> Tensor: ...
 
 
+class GaussianAggregate(Protocol):
+    """(B, M) normalised member means and (B, M) variances -> (B,) the ensemble's score."""
+
+    def __call__(self, members: Tensor, variances: Tensor) -> Tensor: ...
+
+
 class Tracker(Protocol):
     """A mirror of the metrics outside the run directory."""
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import logging as transformers_logging
 
 from rlhf_lab.engine.tiny import TINY, tiny_policy, tiny_tokenizer
-from rlhf_lab.types import Count
+from rlhf_lab.types import GAUSSIAN, Count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +22,7 @@ transformers_logging.disable_progress_bar()
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CALIBRATION = "score_calibration"
+SCORE = ("score",)  # the outputs of a value model's head
 NONE_NEW: Mapping[str, int] = MappingProxyType({})
 LEARNT = "float32"  # of what learns, and of what it is compared with: steps of 1e-5 round away in bfloat16
 
@@ -75,6 +76,10 @@ class Calibration:
 
     def __call__(self, raw: Tensor) -> Tensor:
         return self.scale * raw + self.shift
+
+    def variance(self, raw: Tensor) -> Tensor:
+        """That of the score, from that of the raw output."""
+        return self.scale**2 * raw
 
 
 def is_embedded(path: str) -> bool:
@@ -198,15 +203,24 @@ def load_frozen(
 
 
 def new_scorer(
-    path: str, *, device: torch.device, dtype: str, seed: int, new_tokens: Mapping[str, int] = NONE_NEW
+    path: str,
+    *,
+    device: torch.device,
+    dtype: str,
+    seed: int,
+    new_tokens: Mapping[str, int] = NONE_NEW,
+    outputs: tuple[str, ...] = SCORE,
 ) -> "PreTrainedModel":
-    """A policy's trunk with a fresh scalar head: a one-label sequence classifier to be trained."""
+    """A policy's trunk with a fresh head: a sequence classifier to be trained, one label for each of the `outputs`."""
     if is_embedded(path):
         raise ValueError(f"model.policy={path} has no trained trunk; name the folder of a trained policy")
     torch.manual_seed(seed)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        path, num_labels=1, **_options(DTYPES[dtype])
+        path, num_labels=len(outputs), **_options(DTYPES[dtype])
     )
+    if outputs != SCORE:
+        model.config.id2label = dict(enumerate(outputs))
+        model.config.label2id = {output: i for i, output in enumerate(outputs)}
     _widen(model, path, new_tokens)
     return model.to(device)
 
@@ -215,11 +229,15 @@ def load_scorer(path: str, *, device: torch.device, dtype: str) -> tuple["PreTra
     """A trained value model, frozen, with the calibration that its config carries.
 
     Raises:
-        ValueError: it has more than one output.
+        ValueError: it has other outputs than a score, or than the mean and log-variance of one.
     """
     model = transformers.AutoModelForSequenceClassification.from_pretrained(path, **_options(DTYPES[dtype]))
-    if model.config.num_labels != 1:
-        raise ValueError(f"{path} has {model.config.num_labels} outputs; a reward or cost model has one")
+    labels = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
+    if len(labels) != 1 and labels != GAUSSIAN:
+        raise ValueError(
+            f"{path} has {len(labels)} outputs, {', '.join(labels[:5])}; a reward or cost model has one, "
+            f"or the two that are called {' and '.join(GAUSSIAN)}"
+        )
     calibration = Calibration(**getattr(model.config, CALIBRATION, {}))
     return model.to(device).eval().requires_grad_(False), calibration
 

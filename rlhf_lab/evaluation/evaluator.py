@@ -39,6 +39,7 @@ def sample_rows(split: str, scored: ScoredRollout, gold: Mapping[str, Score]) ->
             "kl": kl[i].item(),
             "scores": {name: score.value[i].item() for name, score in scored.scores.items()},
             "members": {n: s.members[i].tolist() for n, s in scored.scores.items() if s.members.shape[1] > 1},
+            "variances": {n: s.variances[0][i].tolist() for n, s in scored.scores.items() if s.variances},
             "gold": {name: score.value[i].item() for name, score in gold.items()},
         }
         for i in range(len(rollout))

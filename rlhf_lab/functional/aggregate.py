@@ -33,6 +33,22 @@ def variance(members: Tensor, ddof: int) -> Tensor:
     return torch.var(members, dim=1, correction=ddof)
 
 
+def total_variance(members: Tensor, variances: Tensor) -> Tensor:
+    """(B, M) means and (B, M) variances -> (B,): variance of a score that a member drawn at random would draw.
+
+    What the members are unsure of on average, and what they disagree on (ddof 0): the law of total variance.
+    """
+    return variances.mean(1) + variance(members, 0)
+
+
+def lower_confidence(members: Tensor, variances: Tensor, weight: float) -> Tensor:
+    """(B, M) means and (B, M) variances -> (B,): mean - weight * standard deviation, of the total variance.
+
+    The weight is in standard deviations; 0 is the mean.
+    """
+    return mean(members) - weight * total_variance(members, variances).sqrt()
+
+
 def uncertainty_weighted(members: Tensor, weight: float, ddof: int) -> Tensor:
     """(B, M) -> (B,): mean - weight * variance (UWO, eq. 5); weight 0 is the mean."""
     return mean(members) - weight * variance(members, ddof)

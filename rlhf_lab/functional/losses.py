@@ -31,3 +31,12 @@ def clipped_value(values: Tensor, old_values: Tensor, returns: Tensor, clip: flo
 def bradley_terry(preferred: Tensor, other: Tensor, margin: Tensor | float = 0.0) -> Tensor:
     """Negative log-likelihood that `preferred` beats `other`: -log sigmoid(preferred - other - margin); (B,)."""
     return -F.logsigmoid(preferred - other - margin)
+
+
+def probit(mean_w: Tensor, mean_l: Tensor, log_variance_w: Tensor, log_variance_l: Tensor) -> Tensor:
+    """Negative log-likelihood that one normal variable beats another, -log Phi((m_w - m_l) / sqrt(v_w + v_l)); (B,).
+
+    Source: Thurstone 1927, case III (independent, unequal variances).
+    """
+    deviation = torch.logaddexp(log_variance_w, log_variance_l).mul(0.5).exp()
+    return -torch.special.log_ndtr((mean_w - mean_l) / deviation)

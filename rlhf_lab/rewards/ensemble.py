@@ -7,13 +7,44 @@ import torch
 
 from rlhf_lab.data.templates import Style, Template
 from rlhf_lab.engine.models import Hardware
-from rlhf_lab.interfaces import Aggregate
+from rlhf_lab.interfaces import Aggregate, GaussianAggregate
 from rlhf_lab.rewards.scalar_model import ScalarModel
 from rlhf_lab.types import Count, Rollout, Score
 
 
-class Ensemble:
-    """Aggregates members that are each calibrated on the same reference set, so that they may be compared.
+class _Members:
+    """Models that are each calibrated on the same reference set, so that they may be compared."""
+
+    def __init__(
+        self, members: Sequence[str], k: Count, template: Style, tokens_at_once: Count, condition: str
+    ) -> None:
+        if len(members) != k:
+            raise ValueError(f"reward_ensemble.k={k}, but {len(members)} members are named; set k to their number")
+        self.members = [ScalarModel(path, template, tokens_at_once, condition) for path in members]
+
+    def check(self, promised: Collection[str] = ()) -> None:
+        """Raises ValueError if a member cannot be loaded; loads nothing."""
+        for member in self.members:
+            member.check(promised)
+
+    def load(self, hardware: Hardware, policy: Template) -> Self:
+        """Read the members' weights.
+
+        Raises:
+            ValueError: they are not calibrated alike, on one reference set.
+        """
+        for member in self.members:
+            member.load(hardware, policy)
+        if len(units := {(m.calibration.method, m.calibration.fitted_on) for m in self.members}) > 1:
+            raise ValueError(
+                f"the members are calibrated differently ({'; '.join(' on '.join(unit) for unit in sorted(units))}), "
+                "so their scores cannot be compared; train them with one stage.calibration on one data set"
+            )
+        return self
+
+
+class Ensemble(_Members):
+    """Aggregates the members' scores.
 
     Args:
         members: paths of the member models.
@@ -36,32 +67,54 @@ class Ensemble:
         tokens_at_once: Count,
         condition: str = "",
     ) -> None:
-        if len(members) != k:
-            raise ValueError(f"reward_ensemble.k={k}, but {len(members)} members are named; set k to their number")
-        self.members = [ScalarModel(path, template, tokens_at_once, condition) for path in members]
+        super().__init__(members, k, template, tokens_at_once, condition)
         aggregate(torch.zeros(1, k))  # refuses a k that it cannot take (a variance of one) before anything is loaded
         self.aggregate = aggregate
 
-    def check(self, promised: Collection[str] = ()) -> None:
-        """Raises ValueError if a member cannot be loaded; loads nothing."""
-        for member in self.members:
-            member.check(promised)
+    def score(self, rollout: Rollout) -> Score:
+        members = torch.stack([member.score(rollout).value for member in self.members], dim=1)
+        return Score(value=self.aggregate(members), members=members)
+
+
+class GaussianEnsemble(_Members):
+    """Aggregates the scores of members that say how sure they are, with their variances; one member may be enough.
+
+    Args:
+        members: paths of models of two outputs, see `algorithms/probit_reward_model.py`.
+        aggregate: (B, k) means and (B, k) variances -> (B,).
+
+    Raises:
+        ValueError: there are not k members.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[str],
+        k: Count,
+        aggregate: GaussianAggregate,
+        template: Style,
+        tokens_at_once: Count,
+        condition: str = "",
+    ) -> None:
+        super().__init__(members, k, template, tokens_at_once, condition)
+        self.aggregate = aggregate
 
     def load(self, hardware: Hardware, policy: Template) -> Self:
         """Read the members' weights.
 
         Raises:
-            ValueError: they are not calibrated alike, on one reference set.
+            ValueError: they are not calibrated alike, or one has no variance.
         """
-        for member in self.members:
-            member.load(hardware, policy)
-        if len(units := {(m.calibration.method, m.calibration.fitted_on) for m in self.members}) > 1:
+        super().load(hardware, policy)
+        if mute := [member.path for member in self.members if not member.is_gaussian]:
             raise ValueError(
-                f"the members are calibrated differently ({'; '.join(' on '.join(unit) for unit in sorted(units))}), "
-                "so their scores cannot be compared; train them with one stage.calibration on one data set"
+                f"{mute[0]} does not say how sure it is; name models of algorithm=probit_reward_model in "
+                "scorers.probit_models, or choose another reward_ensemble, such as uwo"
             )
         return self
 
     def score(self, rollout: Rollout) -> Score:
-        members = torch.stack([member.score(rollout).value for member in self.members], dim=1)
-        return Score(value=self.aggregate(members), members=members)
+        scores = [member.score(rollout) for member in self.members]
+        members = torch.stack([score.value for score in scores], dim=1)
+        variances = torch.cat([score.variances[0] for score in scores], dim=1)
+        return Score(value=self.aggregate(members, variances), members=members, variances=(variances,))

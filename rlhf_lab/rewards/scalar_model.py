@@ -7,17 +7,18 @@ import torch
 
 from rlhf_lab.data.templates import Style, Template
 from rlhf_lab.data.tokenise import sequences
-from rlhf_lab.engine.forward import raw_scores
+from rlhf_lab.engine.forward import raw_outputs
 from rlhf_lab.engine.models import Hardware, check_path, load_scorer, load_tokenizer
 from rlhf_lab.engine.score import by_length
-from rlhf_lab.types import Count, Rollout, Score
+from rlhf_lab.types import GAUSSIAN, Count, Rollout, Score
 
 
 class ScalarModel:
     """Scores in the units of the model's calibration: standard deviations of a reference set, gold units, or raw.
 
     Args:
-        path: folder or hub id of a one-label sequence classifier.
+        path: folder or hub id of a one-label sequence classifier; or of one that says mean and log-variance of its
+            score, of which the mean is the score.
         template: how it writes conversations; "auto" as it was saved.
         tokens_at_once: budget of one forward.
         condition: what this model is told after each request, for one that was trained to read it (a preference);
@@ -41,6 +42,11 @@ class ScalarModel:
         )
         return self
 
+    @property
+    def is_gaussian(self) -> bool:
+        """Whether the loaded model says how sure it is."""
+        return self.model.config.num_labels == len(GAUSSIAN)
+
     @torch.no_grad()
     def score(self, rollout: Rollout) -> Score:
         """(B,) calibrated scores. A response that was cut is scored as it stands, without an EOS that it never had."""
@@ -49,6 +55,7 @@ class ScalarModel:
         if not self.reads_tokens or conditioned or self.condition:
             asked = [prompt.plain.conditioned(self.condition, {}) for prompt in rollout.prompts]
             read = sequences(self.template, asked, rollout.responses, rollout.finished.tolist())
-        raw = by_length(read, self.tokens_at_once, self.model.device, lambda part: raw_scores(self.model, part))
-        value = self.calibration(raw)
-        return Score(value=value, members=value[:, None])
+        raw = by_length(read, self.tokens_at_once, self.model.device, lambda part: raw_outputs(self.model, part))
+        value = self.calibration(raw[:, 0])
+        variances = (self.calibration.variance(raw[:, 1:].exp()),) if self.is_gaussian else ()
+        return Score(value=value, members=value[:, None], variances=variances)

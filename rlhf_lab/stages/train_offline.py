@@ -16,6 +16,7 @@ from rlhf_lab.engine.forward import policy_forward, text_logprobs, text_scores
 from rlhf_lab.engine.learner import Learner, Part, Trainable
 from rlhf_lab.engine.models import (
     LEARNT,
+    SCORE,
     Hardware,
     ModelPaths,
     check_path,
@@ -129,7 +130,8 @@ class TrainOffline:
             run.warn(0, note)
         lesson = self._with_reference(run, self.dataset.train_split, template, records)
         exams = {split: self._with_reference(run, split, template, rows) for split, rows in held_out.items()}
-        load = load_policy if self.trains_policy else new_scorer
+        outputs = getattr(self.algorithm, "outputs", SCORE)
+        load = load_policy if self.trains_policy else partial(new_scorer, outputs=outputs)
         model = load(
             self.model.policy,
             device=device,
@@ -249,5 +251,5 @@ def _total(term: Term, batch: Any) -> tuple[float, float]:
 
 def _named(means: Metrics) -> Metrics:
     """Terms under their contract names: what is minimised is a loss, the rest stands by itself."""
-    plain = ("accuracy", "grad_norm", "lr")
+    plain = ("accuracy", "log_variance", "grad_norm", "lr")
     return {name if name.startswith(plain) else f"loss/{name}": value for name, value in means.items()}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rlhf_lab.algorithms.cost_model import CostModel
+from rlhf_lab.algorithms.probit_reward_model import ProbitRewardModel
 from rlhf_lab.algorithms.reward_model import RewardModel
 from rlhf_lab.algorithms.sft import SFT
 from rlhf_lab.data.tokenise import join, pad
@@ -182,6 +184,38 @@ def test_the_token_wise_cost_loss_is_the_mean_of_the_sequence_wise_one_over_the_
 
 
 def test_a_method_says_whether_it_reads_a_score_after_every_token():
-    for level, expected in (("token", True), ("sequence", False)):
+    levels: dict[Level, bool] = {"token": True, "sequence": False}
+    for level, expected in levels.items():
         assert RewardModel(level=level, l2=0.0, use_margin=False).token_scores is expected
         assert CostModel(level=level, sign_weight=1.0, l2=0.0).token_scores is expected
+
+
+def test_probit_reward_model_by_hand():
+    new = ScoreForward(
+        (torch.tensor([1.0, -0.5]), torch.tensor([0.2, 0.5])),
+        log_variances=(torch.tensor([0.4, 0.0]), torch.tensor([-0.6, 0.0])),
+    )
+    terms = ProbitRewardModel(l2=0.01).loss(new, pairs([9.0, 9.0]))
+    assert {term.name: term.weight for term in terms} == {
+        "pairwise": 1.0,
+        "l2": 0.01,
+        "accuracy": 0.0,
+        "log_variance": 0.0,
+    }
+    values = named(terms)
+    wins = [
+        1 - NormalDist(0.8, math.sqrt(math.exp(0.4) + math.exp(-0.6))).cdf(0),  # the difference is above 0
+        1 - NormalDist(-1.0, math.sqrt(2)).cdf(0),
+    ]
+    assert values["pairwise"].tolist() == pytest.approx([-math.log(p) for p in wins], rel=1e-4)
+    assert values["l2"].tolist() == pytest.approx([(1 + 0.04 + 0.16 + 0.36) / 4, 0.5 / 4])
+    assert values["accuracy"].tolist() == [1.0, 0.0]
+    assert values["log_variance"].tolist() == pytest.approx([-0.1, 0.0])
+
+
+def test_the_probit_model_becomes_less_sure_where_it_is_wrong_and_surer_where_it_is_right():
+    v = torch.zeros(2, requires_grad=True)
+    new = ScoreForward((torch.tensor([1.0, -1.0]), torch.zeros(2)), log_variances=(v, torch.zeros(2)))
+    values = named(ProbitRewardModel(l2=0.0).loss(new, pairs([0.0, 0.0])))
+    (slope,) = torch.autograd.grad(values["pairwise"].sum(), v)
+    assert slope[0] > 0 > slope[1]

@@ -11,7 +11,7 @@ import transformers
 from torch.testing import assert_close
 
 from rlhf_lab.engine.checkpoint import load_tree, save_tree
-from rlhf_lab.engine.forward import critic_values, policy_forward, raw_scores
+from rlhf_lab.engine.forward import critic_values, policy_forward, raw_outputs, raw_scores
 from rlhf_lab.engine.models import (
     Calibration,
     Critics,
@@ -121,6 +121,33 @@ def test_a_new_scorer_has_the_policys_trunk_and_a_head_of_its_seed(architecture:
     assert head(first).shape[0] == 1
 
 
+def test_a_scorer_of_mean_and_log_variance_is_what_plain_transformers_loads(
+    hf_folder: Folder, ragged: Ragged, tmp_path: Path
+):
+    tokenizer = load_tokenizer(hf_folder("llama"))
+    model = new_scorer(hf_folder("llama"), device=CPU, dtype="float32", seed=3, outputs=("mean", "log_variance"))
+    save_model(tmp_path / "scorer", model.eval(), tokenizer, Calibration(scale=-3.0, shift=7.0))
+
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "scorer").eval()
+    assert plain.config.id2label == {0: "mean", 1: "log_variance"}
+    loaded, calibration = load_scorer(str(tmp_path / "scorer"), device=CPU, dtype="float32")
+    sequences, prompts, responses = ragged(model.config.vocab_size, 3)
+    with torch.no_grad():
+        found = raw_outputs(loaded, sequences)
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            plain.config.pad_token_id = None
+            assert_close(found[i], plain(input_ids=torch.tensor([prompt + response])).logits[0], atol=1e-5, rtol=1e-5)
+    assert calibration.variance(torch.tensor([0.5, 2.0])).tolist() == [4.5, 18.0]
+
+
+def test_two_outputs_of_other_names_are_no_scorer(hf_folder: Folder, tmp_path: Path):
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(hf_folder("gpt2"), num_labels=2)
+    model.config.id2label = {0: "negative", 1: "positive"}
+    model.save_pretrained(tmp_path / "sentiment")
+    with pytest.raises(ValueError, match=r"has 2 outputs, negative, positive; .* called mean and log_variance"):
+        load_scorer(str(tmp_path / "sentiment"), device=CPU, dtype="float32")
+
+
 def test_an_embedded_model_has_no_trunk_to_score_with():
     with pytest.raises(ValueError, match="no trained trunk"):
         new_scorer("embedded:tiny", device=CPU, dtype="float32", seed=0)
@@ -129,7 +156,7 @@ def test_an_embedded_model_has_no_trunk_to_score_with():
 def test_a_classifier_of_many_labels_is_no_scorer(hf_folder: Folder, tmp_path: Path):
     model = transformers.AutoModelForSequenceClassification.from_pretrained(hf_folder("gpt2"), num_labels=3)
     model.save_pretrained(tmp_path / "three")
-    with pytest.raises(ValueError, match="has 3 outputs; a reward or cost model has one"):
+    with pytest.raises(ValueError, match="has 3 outputs, LABEL_0, LABEL_1, LABEL_2; a reward or cost model has one"):
         load_scorer(str(tmp_path / "three"), device=CPU, dtype="float32")
 
 

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_lab.functional.aggregate import mean, uncertainty_weighted, variance, worst_case
+from rlhf_lab.functional.aggregate import (
+    lower_confidence,
+    mean,
+    total_variance,
+    uncertainty_weighted,
+    variance,
+    worst_case,
+)
 
 SCORES = [0.2, 0.5, 0.9, 1.4, -0.3]
 MEMBERS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
@@ -55,3 +62,19 @@ def test_an_ensemble_of_one_is_its_member():
 def test_a_sample_variance_of_one_member_is_refused():
     with pytest.raises(ValueError, match="more than 1 members, found 1"):
         uncertainty_weighted(MEMBERS[:, :1], 0.5, 1)
+
+
+def test_total_variance_is_that_of_draws_from_a_member_drawn_at_random():
+    members, variances = torch.tensor([[0.0, 3.0]]), torch.tensor([[1.0, 4.0]])
+    torch.manual_seed(0)
+    which = torch.randint(2, (400_000,))
+    draws = members[0, which] + variances[0, which].sqrt() * torch.randn(400_000)
+    assert total_variance(members, variances).item() == pytest.approx(draws.var().item(), rel=0.01)
+    assert total_variance(members, variances).item() == pytest.approx(2.5 + 2.25)
+
+
+def test_lower_confidence_is_the_mean_less_deviations():
+    members, variances = torch.tensor([[0.0, 3.0], [1.0, 1.0]]), torch.tensor([[1.0, 4.0], [9.0, 9.0]])
+    assert lower_confidence(members, variances, weight=2.0).tolist() == pytest.approx([1.5 - 2 * 4.75**0.5, -5.0])
+    assert lower_confidence(members, variances, weight=0.0).tolist() == [1.5, 1.0]
+    assert lower_confidence(torch.tensor([[2.0]]), torch.tensor([[0.25]]), weight=1.0).tolist() == [1.5]

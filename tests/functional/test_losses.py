@@ -1,12 +1,13 @@
 """Clipped losses by hand, PPO against the policy gradient, Bradley-Terry against the probabilities it stands for."""
 
 import math
+from statistics import NormalDist
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_lab.functional.losses import bradley_terry, clip_fraction, clipped_surrogate, clipped_value
+from rlhf_lab.functional.losses import bradley_terry, clip_fraction, clipped_surrogate, clipped_value, probit
 
 
 @pytest.mark.parametrize(
@@ -94,3 +95,26 @@ def test_a_margin_handicaps_the_preferred_response():
 def test_bradley_terry_stays_finite_far_out():
     loss = bradley_terry(torch.tensor([-500.0, 500.0]), torch.tensor([500.0, -500.0]))
     assert loss.tolist() == [1000.0, 0.0]
+
+
+def test_probit_is_the_log_of_the_normal_distribution_of_the_difference():
+    mean_w, mean_l = torch.tensor([1.0, -2.0, 0.3]), torch.tensor([0.5, 1.0, 0.3])
+    v_w, v_l = torch.tensor([0.0, 1.5, -3.0]), torch.tensor([0.7, -1.0, 2.0])
+    for i, loss in enumerate(probit(mean_w, mean_l, v_w, v_l)):
+        deviation = math.sqrt(math.exp(v_w[i]) + math.exp(v_l[i]))
+        wins = NormalDist(0, deviation).cdf((mean_w[i] - mean_l[i]).item())
+        assert loss.item() == pytest.approx(-math.log(wins), rel=1e-5)
+
+
+def test_probit_teaches_most_where_it_is_sure_and_wrong():
+    mean_w = torch.tensor([-30.0, -1.0, 30.0], requires_grad=True)
+    zero = torch.zeros(3)
+    loss = probit(mean_w, zero, zero, zero)
+    assert loss.isfinite().all()
+    (slope,) = torch.autograd.grad(loss.sum(), mean_w)
+    # for x far below 0, -log Phi(x) = x^2 / 2 + log|x| + log sqrt(2 pi) + O(1 / x^2), here x = mean / sqrt(2)
+    far = 30 / math.sqrt(2)
+    assert loss[0].item() == pytest.approx(far**2 / 2 + math.log(far) + math.log(2 * math.pi) / 2, rel=1e-4)
+    assert slope[0].item() == pytest.approx(-(far + 1 / far) / math.sqrt(2), rel=1e-4)
+    assert slope[0] < slope[1] < slope[2] <= 0
+    assert slope[2].abs() < 1e-30

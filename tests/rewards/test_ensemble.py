@@ -1,6 +1,7 @@
 """An ensemble is its members, kept, and one function of them; the gold source is its function."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -8,16 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch.testing import assert_close
 
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine.generate import Generator, Sampling
-from rlhf_lab.engine.models import Hardware, load_policy, load_tokenizer
-from rlhf_lab.functional.aggregate import mean, uncertainty_weighted, worst_case
+from rlhf_lab.engine.models import Calibration, Hardware, load_policy, load_tokenizer, new_scorer, save_model
+from rlhf_lab.functional.aggregate import lower_confidence, mean, uncertainty_weighted, worst_case
 from rlhf_lab.interfaces import Aggregate
 from rlhf_lab.records import Prompt
-from rlhf_lab.rewards.ensemble import Ensemble
+from rlhf_lab.rewards.ensemble import Ensemble, GaussianEnsemble
 from rlhf_lab.rewards.gold import Gold
 from rlhf_lab.rewards.scalar_model import ScalarModel
 from rlhf_lab.types import Rollout
@@ -119,3 +121,44 @@ def test_members_in_different_units_are_refused(
     ensemble = Ensemble([raw, str(tmp_path / "calibrated")], 2, mean, "auto", 200)
     with pytest.raises(ValueError, match="calibrated differently"):
         ensemble.load(CPU, template)
+
+
+@pytest.fixture(scope="module")
+def gaussian_folder(hf_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
+    """seed -> a model that says mean and log-variance, calibrated to twice its raw scores plus 1."""
+
+    def make(seed: int) -> str:
+        folder = tmp_path_factory.mktemp("gaussian")
+        outputs = ("mean", "log_variance")
+        model = new_scorer(hf_folder("gpt2"), device=torch.device("cpu"), dtype="float32", seed=seed, outputs=outputs)
+        save_model(folder, model.eval(), load_tokenizer(hf_folder("gpt2")), Calibration(2.0, 1.0, "gold", "here"))
+        return str(folder)
+
+    return make
+
+
+def test_members_that_say_how_sure_they_are(written: tuple[Rollout, Template], gaussian_folder: Callable[[int], str]):
+    rollout, template = written
+    paths = [gaussian_folder(seed) for seed in (0, 1)]
+    aggregate = partial(lower_confidence, weight=0.5)
+    score = GaussianEnsemble(paths, 2, aggregate, "auto", 200).load(CPU, template).score(rollout)
+    [variances] = score.variances
+    for k, path in enumerate(paths):
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(path).eval()
+        for i in range(len(rollout)):
+            row = rollout.sequences.tokens[i][rollout.sequences.attention_mask[i]]
+            with torch.no_grad():
+                mean_of, log_variance = model.score(model.transformer(row[None]).last_hidden_state)[0, -1].tolist()
+            assert score.members[i, k].item() == pytest.approx(2 * mean_of + 1, abs=1e-4)
+            assert variances[i, k].item() == pytest.approx(4 * math.exp(log_variance), rel=1e-3)
+    for value, mus, own in zip(score.value.tolist(), score.members.tolist(), variances.tolist(), strict=True):
+        spread = (mus[0] - mus[1]) ** 2 / 4
+        assert value == pytest.approx(sum(mus) / 2 - 0.5 * math.sqrt(sum(own) / 2 + spread), rel=1e-4)
+    means = Ensemble(paths, 2, mean, "auto", 200).load(CPU, template).score(rollout)  # or their means alone
+    assert_close(means.members, score.members)
+
+
+def test_a_member_that_does_not_say_how_sure_it_is_is_refused(written: tuple[Rollout, Template], scorer_folder: Folder):
+    ensemble = GaussianEnsemble([scorer_folder("llama")], 1, partial(lower_confidence, weight=0.5), "auto", 200)
+    with pytest.raises(ValueError, match=r"does not say how sure it is; .*algorithm=probit_reward_model"):
+        ensemble.load(CPU, written[1])
