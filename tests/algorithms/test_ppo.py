@@ -13,7 +13,8 @@ from torch.testing import assert_close
 
 from rlhf_lab.algorithms.ppo import PPO
 from rlhf_lab.algorithms.ppo_lag import PPOLagrangian
-from rlhf_lab.constraints import Lagrangian
+from rlhf_lab.bounds import Mean
+from rlhf_lab.constraints import Lagrangian, LogAscent
 from rlhf_lab.interfaces import KLController, Objective
 from rlhf_lab.objectives import AdaptiveKL, FixedKL, KLPenalty, WeightedSum
 from rlhf_lab.records import Prompt
@@ -47,16 +48,8 @@ class FixedPrice:
 
 def dual(init: float = 0.7, lr: float = 0.5, floor: float = 1e-3) -> Lagrangian:
     """A multiplier that moves far in one step: a window of all five rows."""
-    return Lagrangian(
-        limit=0.1,
-        margin=0.0,
-        init=init,
-        lr=lr,
-        window=len(LENGTHS),
-        delay=0,
-        max_multiplier=10.0,
-        min_multiplier=floor,
-    )
+    ascent = LogAscent(init=init, lr=lr, max_multiplier=10.0, min_multiplier=floor)
+    return Lagrangian(limit=0.1, margin=0.0, window=len(LENGTHS), delay=0, bound=Mean(), dual=ascent)
 
 
 def penalty(placement: str = "reward", controller: KLController | None = None) -> KLPenalty:
@@ -310,7 +303,7 @@ def test_metrics_by_hand_and_by_name():
     }
     assert ppo().prepare(scored)[1] == pytest.approx(common)
     _, metrics = lagrangian({"cost": dual(init=10.0)}).prepare(scored)
-    duals = {"lambda": 10.0, "violation": 0.4, "limit": 0.1, "at_cap": 1.0}
+    duals = {"lambda": 10.0, "violation": 0.4, "bound": 0.5, "limit": 0.1, "at_cap": 1.0}
     assert metrics == pytest.approx(common | {f"lagrange/cost/{name}": value for name, value in duals.items()})
 
 
