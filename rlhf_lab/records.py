@@ -64,10 +64,11 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration:
-    """A prompt and a response to imitate."""
+    """A prompt and a response to imitate; with `every_turn` also what the assistant said earlier in the prompt."""
 
     prompt: Prompt
     response: str
+    every_turn: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

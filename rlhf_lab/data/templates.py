@@ -53,15 +53,45 @@ class Template:
 
     def prompt_tokens(self, prompt: Prompt) -> list[int]:
         """The conversation up to the point where the response begins."""
+        # a chat template writes its own BOS; the others take that of tokenizers that have one
+        tokens = self.tokenizer(self._written(prompt.spoken), add_special_tokens=self.style != "chat").input_ids
+        return tokens[:-1] if self.style != "chat" and tokens[-1] == self.eos else tokens
+
+    def said_before(self, prompt: Prompt) -> list[bool]:
+        """Which of `prompt_tokens` the assistant said in earlier turns, with the EOS where one follows.
+
+        Raises:
+            ValueError: the template writes an earlier turn otherwise than as a response (without its thoughts, say),
+                so a policy would learn there what it never has to say.
+        """
+        messages = prompt.spoken
+        text = self._written(messages)
+        spans: list[tuple[int, int]] = []
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before, content = self._written(messages[:turn]), message["content"].strip()
+            start = text.find(content, len(before))
+            if not text.startswith(before) or start < 0 or text[len(before) : start].strip():
+                raise ValueError(
+                    f"the template {self.style} writes turn {turn} of a conversation otherwise than as a response, so "
+                    "only the last can be learnt from; use stage.turns=last"
+                )
+            spans.append((start, start + len(content)))
+        encoded = self.tokenizer(text, add_special_tokens=self.style != "chat", return_offsets_mapping=True)
+        said = [any(begin < e and b < end for b, e in spans) for begin, end in encoded["offset_mapping"]]
+        tokens = self.prompt_tokens(prompt)
+        return [
+            mine or (k > 0 and said[k - 1] and token == self.eos)
+            for k, (mine, token) in enumerate(zip(said[: len(tokens)], tokens, strict=True))
+        ]
+
+    def _written(self, messages: tuple[Message, ...]) -> str:
+        """The conversation as text, up to the point where the response begins."""
         if self.style == "chat":
-            messages: list[Any] = list(prompt.spoken)
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            return self.tokenizer(cast(str, text), add_special_tokens=False).input_ids
-        dialogue = self.style == "dialogue"
-        eos = str(self.tokenizer.eos_token)
-        written = _dialogue(prompt.spoken) if dialogue else _safe_rlhf(prompt.spoken, eos)
-        tokens = self.tokenizer(written).input_ids  # with the BOS of tokenizers that have one
-        return tokens[:-1] if tokens[-1] == self.eos else tokens
+            spoken: list[Any] = list(messages)
+            return cast(str, self.tokenizer.apply_chat_template(spoken, tokenize=False, add_generation_prompt=True))
+        return _dialogue(messages) if self.style == "dialogue" else _safe_rlhf(messages, str(self.tokenizer.eos_token))
 
     def response_tokens(self, response: str, *, finished: bool = True) -> list[int]:
         """The response; its EOS unless it was cut before it ended."""

@@ -1,6 +1,7 @@
 """Records -> tokens with masks and positions, made once and in one place."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -68,8 +69,24 @@ def rollout_of(template: Template, prompts: Sequence[Prompt], responses: Sequenc
 
 
 def text_batch(template: Template, records: Sequence[Demonstration]) -> TextBatch:
-    """Demonstrations, the loss on their responses."""
-    return TextBatch(sequences=sequences(template, [r.prompt for r in records], [r.response for r in records]))
+    """Demonstrations, the loss on their responses, and on earlier turns of the assistant where they are imitated."""
+    prompts, responses = [record.prompt for record in records], [record.response for record in records]
+    if not any(record.every_turn for record in records):
+        return TextBatch(sequences=sequences(template, prompts, responses))
+    before: list[list[int]] = []
+    after: list[list[int]] = []
+    learnt: list[list[bool]] = []
+    for record in records:
+        written, spoken = template.prompt_tokens(record.prompt), template.response_tokens(record.response)
+        said = template.said_before(record.prompt) if record.every_turn else [False] * len(written)
+        first = said.index(True) if any(said) else len(written)
+        before.append(written[:first])
+        after.append([*written[first:], *spoken])
+        learnt.append([*said[first:], *[True] * len(spoken)])
+    whole = join(*pad(before, template.pad, "left"), *pad(after, template.pad, "right"))
+    # what others said between two of the assistant's turns is read, and not learnt
+    mask, _ = pad(learnt, False, "right")
+    return TextBatch(sequences=replace(whole, response_mask=mask.bool()))
 
 
 def pair_batch(template: Template, records: Sequence[PreferencePair]) -> PairBatch:
