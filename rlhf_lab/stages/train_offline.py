@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,6 +29,7 @@ from rlhf_lab.engine.models import (
     restore_parameters,
     save_model,
 )
+from rlhf_lab.engine.packing import check_packing, pack, packed_forward
 from rlhf_lab.engine.score import by_length
 from rlhf_lab.interfaces import Observant, OfflineAlgorithm, Stateful
 from rlhf_lab.run import Run
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 # kind of record -> how records are put into a batch
 BATCHES = {"demonstrations": text_batch, "preferences": pair_batch, "safety_pairs": safety_pair_batch}
+
+PACKED_TO_CHECK = 8  # rows on which a model is seen to keep packed rows apart
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,9 @@ class TrainOffline:
             of the unsafe label, so that 0 is even odds; "none": raw.
         calibration_column: the gold column, without its `_0`, `_1`.
         checkpoint_every, evaluate_every: optimiser steps; evaluation 0: at the end only.
+        turns: of a conversation to imitate, the "last" response, or "all" that the assistant says.
+        pack_tokens: rows to imitate are laid end to end in sequences of this many tokens, none seeing another; 0: every
+            row has a sequence of its own. Changes memory and speed only.
     """
 
     def __init__(
@@ -83,12 +89,15 @@ class TrainOffline:
         calibration_column: str,
         checkpoint_every: Count,
         evaluate_every: NonNegativeCount,
+        turns: Literal["last", "all"],
+        pack_tokens: NonNegativeCount,
     ) -> None:
         self.algorithm, self.model, self.dataset, self.learner = algorithm, model, dataset, learner
         self.hardware, self.epochs, self.batch_size = hardware, epochs, batch_size
         self.calibration: CalibrationMethod = calibration
         self.calibration_column = calibration_column
         self.checkpoint_every, self.evaluate_every = checkpoint_every, evaluate_every
+        self.every_turn, self.pack_tokens = turns == "all", pack_tokens
         self.trains_policy = algorithm.trains == "policy"
         settings = learner.keywords
         if settings["epochs"] != 1 or settings["minibatch_size"]:
@@ -103,6 +112,12 @@ class TrainOffline:
         if getattr(self.algorithm, "uses_reference", False):
             check_path(self.model.reference, "model.reference", promised)
         self.dataset.check(promised, self.algorithm.reads)
+        if (self.every_turn or self.pack_tokens) and self.algorithm.reads != "demonstrations":
+            key = "turns=all" if self.every_turn else f"pack_tokens={self.pack_tokens}"
+            raise ValueError(
+                f"stage.{key} is for responses to imitate, but this method reads {self.algorithm.reads}; "
+                "use stage.turns=last and stage.pack_tokens=0"
+            )
         if self.trains_policy and self.calibration != "none":
             raise ValueError(
                 f"stage.calibration={self.calibration}, but a policy has no score; use stage.calibration=none"
@@ -139,6 +154,8 @@ class TrainOffline:
             seed=derive(run.seed, "initial weights"),
             new_tokens=new_token_ids(template.tokenizer, self.model.new_tokens),
         )
+        if self.pack_tokens:
+            check_packing(model, text_batch(template, records[:PACKED_TO_CHECK]).to(device).sequences)
         steps_per_epoch = -(-len(records) // self.batch_size)
         total = steps_per_epoch * self.epochs
         name = "policy" if self.trains_policy else "scorer"
@@ -155,7 +172,7 @@ class TrainOffline:
             torch.manual_seed(derive(run.seed, "dropout", done))
             model.train()
             batch = lesson.batch(self.algorithm.reads, template, chosen)
-            means = learner.update([self._part(model, batch)], derive(run.seed, "learner", done))
+            means = learner.update([self._lesson(model, batch)], derive(run.seed, "learner", done))
             metrics = _named(means)
             if isinstance(self.algorithm, Observant):
                 metrics |= self.algorithm.observe(means)
@@ -198,7 +215,14 @@ class TrainOffline:
         return step
 
     def _records(self, split: str, template: Template) -> Sequence[Any]:
-        return getattr(self.dataset, self.algorithm.reads)(split, template)
+        records = getattr(self.dataset, self.algorithm.reads)(split, template)
+        return [replace(record, every_turn=True) for record in records] if self.every_turn else records
+
+    def _lesson(self, model: "PreTrainedModel", batch: Any) -> Part:
+        """What is learnt from in one step."""
+        if not self.pack_tokens:
+            return self._part(model, batch)
+        return Part(pack(batch.sequences, self.pack_tokens), partial(packed_forward, model), self.algorithm.loss)
 
     def _part(self, model: "PreTrainedModel", batch: Trainable) -> Part:
         token_scores = getattr(self.algorithm, "token_scores", False)
