@@ -98,6 +98,14 @@ class Quadruple:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """Two or more responses to a prompt, the best first."""
+
+    prompt: Prompt
+    responses: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class SafetyPair:
     """Two responses to a prompt, ordered by safety, each with its own verdict.
 
@@ -113,3 +121,19 @@ class SafetyPair:
     @property
     def responses(self) -> tuple[str, str]:
         return self.safer, self.unsafer
+
+    @property
+    def is_torn(self) -> bool:
+        """Whether the labels contradict each other: the safer response is unsafe, and the other is not."""
+        return self.safer_is_unsafe and not self.unsafer_is_unsafe
+
+    @property
+    def swapped(self) -> "SafetyPair":
+        """The same with the other response as the safer one."""
+        return SafetyPair(
+            prompt=self.prompt,
+            safer=self.unsafer,
+            unsafer=self.safer,
+            safer_is_unsafe=self.unsafer_is_unsafe,
+            unsafer_is_unsafe=self.safer_is_unsafe,
+        )

@@ -245,6 +245,25 @@ class QuadrupleBatch(Batch):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RankingBatch(Batch):
+    """K responses a row, the best first; a row that has fewer is filled up with rows that are not there."""
+
+    responses: tuple[Sequences, ...]  # K, each (B, ...)
+    present: Tensor  # (B, K) bool
+
+    def __len__(self) -> int:
+        return len(self.present)
+
+    @property
+    def texts(self) -> tuple[Sequences, ...]:
+        return self.responses
+
+    @property
+    def lengths(self) -> Tensor:
+        return torch.stack([text.lengths for text in self.responses]).sum(0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SafetyPairBatch(Batch):
     """Two responses a row, the first safer, each with its own verdict: +1 unsafe, -1 safe."""
 

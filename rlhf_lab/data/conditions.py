@@ -77,11 +77,7 @@ class Preferences:
         Raises:
             ValueError: naming the words, and where they can be added.
         """
-        tokenizer = template.tokenizer
-        words = {word for text in self.wording.values() for word in text.split()}
-        ids = {word: tokenizer(word, add_special_tokens=False).input_ids for word in words}
-        unknown = sorted(word for word in words if tokenizer.unk_token_id in ids[word])
-        if unknown:
+        if unknown := sorted(template.unknown(" ".join(self.wording.values()))):
             raise ValueError(
                 f"the policy's tokenizer does not know {unknown}, of conditions.wording; "
                 f"add them with model.new_tokens=[{','.join(unknown)}], or use words that it knows"

@@ -4,14 +4,16 @@ import random
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf_lab.data import tiny_help
 from rlhf_lab.data.tables import BadRows, RowFilter, Rows, check_table, hold_out, need, prompt_of, read_splits
 from rlhf_lab.data.templates import Style, Template
-from rlhf_lab.records import Demonstration, PreferencePair, Prompt, Quadruple, SafetyPair
+from rlhf_lab.records import Demonstration, PreferencePair, Prompt, Quadruple, Ranking, SafetyPair
 from rlhf_lab.seeds import derive
 from rlhf_lab.types import Count, Fraction
+
+OnConflict = Literal["keep", "drop", "relabel", "error"]
 
 WORLD = "embedded:tiny_help"
 GOLD: Mapping[str, Callable[[str, str], float]] = {
@@ -26,6 +28,7 @@ NEEDS = {
     "prompts": (["prompt"], "a run on prompts"),
     "demonstrations": (["prompt", "response"], "supervised fine-tuning"),
     "preferences": (["prompt"], "a reward model"),
+    "rankings": (["prompt", "responses"], "a reward model of rankings"),
     "quadruples": (
         [f"{strength}_{name}" for strength in ("strong", "weak") for name in ("prompt", "chosen", "rejected")],
         "a method on preferences over preferences",
@@ -44,10 +47,14 @@ class Dataset:
         columns: name here -> name in the data, null where they agree. Names here: prompt, response (demonstrations);
             chosen, rejected, or response_0, response_1, better (preferences); margin, or of the two sides
             score_chosen, score_rejected or score_0, score_1, whose difference is the margin; response_0, response_1,
-            safer, safe_0, safe_1 (safety). `better` and `safer` are 0 or 1.
+            safer, safe_0, safe_1 (safety); responses, a list, best first, or in the order that a list of numbers,
+            ranks, says, the lowest best (rankings); condition, which is read after the request (all of these but
+            prompts). `better` and `safer` are 0 or 1.
         template: how conversations are written for the model; "auto" takes the tokenizer's own if it has one.
         max_prompt_tokens, max_response_tokens: longer rows are bad rows.
         bad_rows: "error" refuses a data set with empty, duplicate or overlong rows; "drop" drops and counts them.
+        on_conflict: what becomes of safety pairs of which the safer response alone is labelled unsafe: "keep" them as
+            they are, since labels are noisy; "drop" them; "relabel", the safe one is then the safer; or an "error".
         train_size: records of a training split; null for all. The embedded world needs a number.
         train_split: the name of the training split.
         eval_splits: held-out splits, evaluated apart and never blended; null for every split but the training one.
@@ -67,6 +74,7 @@ class Dataset:
         max_prompt_tokens: Count,
         max_response_tokens: Count,
         bad_rows: BadRows,
+        on_conflict: OnConflict,
         train_size: Count | None,
         train_split: str,
         eval_splits: Sequence[str] | None,
@@ -79,6 +87,7 @@ class Dataset:
         self.template_style: Style = template
         self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
         self.bad_rows: BadRows = bad_rows
+        self.on_conflict: OnConflict = on_conflict
         self.train_size, self.train_split = train_size, train_split
         self.eval_splits = None if eval_splits is None else tuple(eval_splits)
         self.eval_size, self.hold_out_share = eval_size, hold_out
@@ -153,7 +162,7 @@ class Dataset:
             drawn = tiny_help.sample_prompts(split, self._size(split), self._seed(split))
             return self._fitting([(p, ()) for p in drawn], split, template, unique=True)[0]
         rows = self._raw("prompts", split)
-        prompts = [(prompt, ()) for prompt in self._prompts(rows, split)]
+        prompts = [(prompt.plain, ()) for prompt in self._prompts(rows, split)]
         return self._fitting(prompts, split, template, unique=True)[0]
 
     def demonstrations(self, split: str, template: Template) -> list[Demonstration]:
@@ -222,7 +231,11 @@ class Dataset:
         return records
 
     def safety_pairs(self, split: str, template: Template) -> list[SafetyPair]:
-        """Pairs, the safer response first. Labels may contradict each other (the safer one unsafe): they are noisy."""
+        """Pairs, the safer response first; those whose labels contradict each other as `on_conflict` says.
+
+        Raises:
+            ValueError: some do, and that is an error, or none is left.
+        """
         rows = self._raw("safety_pairs", split)
         sides = [self._texts(row, "response_0", "response_1") for row in rows]
         pairs = list(zip(self._prompts(rows, split), sides, strict=True))
@@ -239,7 +252,50 @@ class Dataset:
                     unsafer_is_unsafe=not safe[1 - safer],
                 )
             )
+        return self._settled(records, kept, split)
+
+    def _settled(self, records: list[SafetyPair], places: Sequence[int], split: str) -> list[SafetyPair]:
+        """Safety pairs without conflicts, or with them if they are kept."""
+        torn = [i for i, record in enumerate(records) if record.is_torn]
+        if not torn:
+            return records
+        said = (
+            f"{self._name(split)}: in {len(torn)} of {len(records)} pairs the safer response alone is labelled unsafe "
+            f"(first: row {places[torn[0]]})"
+        )
+        if self.on_conflict == "error":
+            raise ValueError(f"{said}; mend them, or choose dataset.on_conflict=keep, drop or relabel")
+        self.notes.append(f"{said}; dataset.on_conflict={self.on_conflict}")
+        if self.on_conflict == "drop":
+            records = [record for record in records if not record.is_torn]
+        elif self.on_conflict == "relabel":
+            records = [record.swapped if record.is_torn else record for record in records]
+        if not records:
+            raise ValueError(f"{said}, and none is left; choose dataset.on_conflict=keep or relabel")
         return records
+
+    def rankings(self, split: str, template: Template) -> list[Ranking]:
+        """Two or more responses a row, the best first."""
+        rows = self._raw("rankings", split)
+        pairs = [
+            (prompt, self._ranked(row, split, i))
+            for i, (prompt, row) in enumerate(zip(self._prompts(rows, split), rows, strict=True))
+        ]
+        prompts, texts, _ = self._fitting(pairs, split, template, unique=False, distinct=True)
+        return [Ranking(prompt=prompt, responses=ordered) for prompt, ordered in zip(prompts, texts, strict=True)]
+
+    def _ranked(self, row: Mapping[str, Any], split: str, i: int) -> tuple[str, ...]:
+        responses, ranks = row[self._column("responses")], row.get(self._column("ranks"))
+        where = f"{self._name(split)}, row {i}"
+        if not isinstance(responses, list) or len(responses) < 2:
+            raise ValueError(f"{where}: {self._column('responses')} is {responses!r}; expected two or more, in a list")
+        if ranks is not None and (len(ranks) != len(responses) or len(set(ranks)) < len(ranks)):
+            raise ValueError(
+                f"{where}: {self._column('ranks')} is {ranks!r}; expected {len(responses)} different numbers, one for "
+                "each response, the lowest for the best"
+            )
+        order = range(len(responses)) if ranks is None else sorted(range(len(responses)), key=ranks.__getitem__)
+        return tuple(str(responses[place] or "") for place in order)
 
     def labelled(self, split: str, column: str, template: Template) -> list[tuple[Prompt, str, float]]:
         """(prompt, response, value) of both responses of each pair, for a column `<column>_0`, `<column>_1`."""
@@ -304,9 +360,11 @@ class Dataset:
         for i, row in enumerate(rows):
             value = row[self._column(column)]
             try:
-                prompts.append(prompt_of("" if value is None or value == [] else value))
+                prompt = prompt_of("" if value is None or value == [] else value)
             except ValueError as error:
                 raise ValueError(f"{self._name(split)}, row {i}: {error}") from error
+            condition = row.get(self._column("condition"))
+            prompts.append(prompt.conditioned(str(condition), {}) if condition else prompt)
         return prompts
 
     def _label(self, row: Mapping[str, Any], name: str, split: str, i: int) -> int:
@@ -362,6 +420,8 @@ class Dataset:
             return "an empty response"
         if distinct and len(set(texts)) < len(texts):
             return "equal responses"
+        if unknown := template.unknown(prompt.condition):
+            return f"a condition of words that the tokenizer does not know, {unknown} (model.new_tokens adds them)"
         if len(template.prompt_tokens(prompt)) > self.max_prompt_tokens:
             return f"a prompt over dataset.max_prompt_tokens={self.max_prompt_tokens}"
         if any(len(template.response_tokens(text)) > self.max_response_tokens for text in texts):
@@ -382,7 +442,7 @@ class Dataset:
         seen: set[tuple[str, ...]] = set()
         kept: list[int] = []
         for i, (prompt, texts) in enumerate(pairs):
-            identity = (prompt.id, *texts)
+            identity = (prompt.id, prompt.condition, *texts)
             if fault := self._fault(prompt, texts, template, distinct=distinct):
                 bad.reject(i, fault)
             elif identity in seen and (unique or not self.is_world):

@@ -97,6 +97,12 @@ class Template:
         """The response; its EOS unless it was cut before it ended."""
         return [*self.tokenizer(response, add_special_tokens=False).input_ids, *([self.eos] if finished else [])]
 
+    def unknown(self, text: str) -> list[str]:
+        """The words of a text that the tokenizer can only write as its unknown token."""
+        unk = self.tokenizer.unk_token_id
+        words = dict.fromkeys(text.split())
+        return [word for word in words if unk in self.tokenizer(word, add_special_tokens=False).input_ids]
+
     def text(self, tokens: list[int]) -> str:
         """What a person reads of response tokens."""
         return cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()

@@ -7,8 +7,17 @@ import torch
 from torch import Tensor
 
 from rlhf_lab.data.templates import Template
-from rlhf_lab.records import Demonstration, PreferencePair, Prompt, Quadruple, SafetyPair
-from rlhf_lab.types import PairBatch, PromptBatch, QuadrupleBatch, Rollout, SafetyPairBatch, Sequences, TextBatch
+from rlhf_lab.records import Demonstration, PreferencePair, Prompt, Quadruple, Ranking, SafetyPair
+from rlhf_lab.types import (
+    PairBatch,
+    PromptBatch,
+    QuadrupleBatch,
+    RankingBatch,
+    Rollout,
+    SafetyPairBatch,
+    Sequences,
+    TextBatch,
+)
 
 
 def pad(rows: Sequence[Sequence[int]], fill: int, side: str) -> tuple[Tensor, Tensor]:
@@ -105,6 +114,24 @@ def quadruple_batch(template: Template, records: Sequence[Quadruple]) -> Quadrup
     return QuadrupleBatch(
         strong=pair_batch(template, [record.strong for record in records]),
         weak=pair_batch(template, [record.weak for record in records]),
+    )
+
+
+def ranking_batch(template: Template, records: Sequence[Ranking]) -> RankingBatch:
+    """Rankings of unequal lengths; what is not there is an empty response that did not end."""
+    prompts = [record.prompt for record in records]
+    width = max(len(record.responses) for record in records)
+    present = [[place < len(record.responses) for place in range(width)] for record in records]
+    columns = [
+        [record.responses[place] if there[place] else "" for record, there in zip(records, present, strict=True)]
+        for place in range(width)
+    ]
+    return RankingBatch(
+        responses=tuple(
+            sequences(template, prompts, column, [there[place] for there in present])
+            for place, column in enumerate(columns)
+        ),
+        present=torch.tensor(present),
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.templates import Template
-from rlhf_lab.data.tokenise import pair_batch, safety_pair_batch, text_batch
+from rlhf_lab.data.tokenise import pair_batch, ranking_batch, safety_pair_batch, text_batch
 from rlhf_lab.engine.forward import policy_forward, text_logprobs, text_scores
 from rlhf_lab.engine.learner import Learner, Part, Trainable
 from rlhf_lab.engine.models import (
@@ -41,7 +41,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # kind of record -> how records are put into a batch
-BATCHES = {"demonstrations": text_batch, "preferences": pair_batch, "safety_pairs": safety_pair_batch}
+BATCHES = {
+    "demonstrations": text_batch,
+    "preferences": pair_batch,
+    "rankings": ranking_batch,
+    "safety_pairs": safety_pair_batch,
+}
 
 PACKED_TO_CHECK = 8  # rows on which a model is seen to keep packed rows apart
 

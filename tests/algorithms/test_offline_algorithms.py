@@ -1,5 +1,6 @@
 """Losses of the methods that learn from data, against the probabilities and the signs that they stand for."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
@@ -11,11 +12,21 @@ from torch.testing import assert_close
 
 from rlhf_lab.algorithms.cost_model import CostModel
 from rlhf_lab.algorithms.probit_reward_model import ProbitRewardModel
+from rlhf_lab.algorithms.ranking_model import RankingModel
 from rlhf_lab.algorithms.reward_model import RewardModel
 from rlhf_lab.algorithms.sft import SFT
 from rlhf_lab.data.tokenise import join, pad
 from rlhf_lab.functional.spans import Level
-from rlhf_lab.types import PairBatch, PolicyForward, SafetyPairBatch, ScoreForward, Sequences, Term, TextBatch
+from rlhf_lab.types import (
+    PairBatch,
+    PolicyForward,
+    RankingBatch,
+    SafetyPairBatch,
+    ScoreForward,
+    Sequences,
+    Term,
+    TextBatch,
+)
 
 UNSAFE, SAFE = 1.0, -1.0
 SEQUENCE: Level = "sequence"
@@ -133,6 +144,42 @@ def test_half_of_the_verdicts_right_is_half():
     new = ScoreForward((torch.tensor([1.0]), torch.tensor([2.0])))
     terms = CostModel(level=SEQUENCE, sign_weight=1.0, l2=0.0).loss(new, verdicts([SAFE], [UNSAFE]))
     assert named(terms)["accuracy_sign"].item() == 0.5
+
+
+def rankings(present: list[list[bool]]) -> RankingBatch:
+    there = torch.tensor(present)
+    return RankingBatch(responses=tuple(sequences(len(there)) for _ in range(there.shape[1])), present=there)
+
+
+def test_ranking_model_is_a_loop_over_the_ordered_pairs_of_each_prompt():
+    torch.manual_seed(0)
+    scores = torch.randn(3, 4)
+    present = [[True] * 4, [True, True, False, False], [True, True, True, False]]
+    values = named(RankingModel(l2=0.1).loss(ScoreForward(tuple(scores.unbind(1))), rankings(present)))
+    for row, there in enumerate(present):
+        pairs_of_row = list(itertools.combinations(scores[row, : sum(there)].tolist(), 2))
+        losses = [math.log(1 + math.exp(worse - better)) for better, worse in pairs_of_row]
+        squares = [(better**2 + worse**2) / 2 for better, worse in pairs_of_row]
+        right = [better > worse for better, worse in pairs_of_row]
+        count = len(pairs_of_row)
+        assert values["pairwise"][row].item() == pytest.approx(sum(losses) / count, rel=1e-5)
+        assert values["l2"][row].item() == pytest.approx(sum(squares) / count, rel=1e-5)
+        assert values["accuracy"][row].item() == pytest.approx(sum(right) / count)
+
+
+def test_a_response_that_is_not_there_teaches_nothing():
+    scores = torch.tensor([[0.3, -0.2, 5.0]], requires_grad=True)
+    values = named(RankingModel(l2=1.0).loss(ScoreForward(tuple(scores.unbind(1))), rankings([[True, True, False]])))
+    (slope,) = torch.autograd.grad(values["pairwise"].sum() + values["l2"].sum(), scores)
+    assert slope[0].ne(0).tolist() == [True, True, False]
+
+
+def test_a_ranking_of_two_is_a_pair():
+    new = ScoreForward((torch.tensor([2.0, -1.0]), torch.tensor([1.0, 1.0])))
+    ranked = named(RankingModel(l2=0.01).loss(new, rankings([[True, True], [True, True]])))
+    paired = named(RewardModel(level=SEQUENCE, l2=0.01, use_margin=False).loss(new, pairs([0.0, 0.0])))
+    for name, values in paired.items():
+        assert_close(ranked[name], values)
 
 
 def token_wise() -> tuple[ScoreForward, PairBatch, list[list[tuple[float, float]]]]:

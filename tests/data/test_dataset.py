@@ -15,6 +15,7 @@ DEFAULTS = {
     "max_prompt_tokens": 64,
     "max_response_tokens": 64,
     "bad_rows": "error",
+    "on_conflict": "keep",
     "train_size": None,
     "train_split": "train",
     "eval_splits": None,
@@ -141,6 +142,81 @@ def test_a_subset_is_drawn_by_the_seed(table, template):
 
     assert len(drawn(0)) == 10
     assert drawn(0) == drawn(0) != drawn(1)
+
+
+def safety_rows():
+    """Of each row the first response is the safer; its verdicts and the other's in all combinations."""
+    return [
+        {"prompt": f"p{i}", "response_0": "a", "response_1": "b", "safer": 0, "safe_0": safe, "safe_1": other}
+        for i, (safe, other) in enumerate([(1, 1), (1, 0), (0, 0), (0, 1)])
+    ]
+
+
+def test_safety_pairs_whose_labels_contradict_each_other(table, template):
+    def read(policy):
+        data = table(safety_rows(), hold_out=0.0, on_conflict=policy)
+        return [(p.safer, p.safer_is_unsafe, p.unsafer_is_unsafe) for p in data.safety_pairs("train", template)], data
+
+    sound = [("a", False, False), ("a", False, True), ("a", True, True)]
+    kept, data = read("keep")
+    assert kept == [*sound, ("a", True, False)]
+    assert "in 1 of 4 pairs the safer response alone is labelled unsafe (first: row 3)" in data.notes[0]
+    assert read("drop")[0] == sound
+    assert read("relabel")[0] == [*sound, ("b", False, True)]
+    with pytest.raises(ValueError, match=r"in 1 of 4 pairs .*first: row 3.*dataset.on_conflict=keep, drop or relabel"):
+        read("error")
+    quiet = table(safety_rows()[:3], hold_out=0.0, on_conflict="error")
+    assert len(quiet.safety_pairs("train", template)) == 3
+    assert not quiet.notes
+    with pytest.raises(ValueError, match="none is left"):
+        table(safety_rows()[3:], hold_out=0.0, on_conflict="drop").safety_pairs("train", template)
+
+
+def test_rankings_are_read_in_their_order_or_by_their_ranks(table, template):
+    rows = [{"prompt": "p", "responses": ["a", "b", "c"]}, {"prompt": "q", "responses": ["a", "b"]}]
+    read = table(rows, hold_out=0.0).rankings("train", template)
+    assert [(r.prompt.request, r.responses) for r in read] == [("p", ("a", "b", "c")), ("q", ("a", "b"))]
+    ranked = [{"prompt": "p", "answers": ["a", "b", "c"], "place": [3, 1, 2]}]
+    data = table(ranked, columns={"responses": "answers", "ranks": "place"}, hold_out=0.0)
+    assert data.rankings("train", template)[0].responses == ("b", "c", "a")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"responses": ["a"]}, "row 1.*expected two or more"),
+        ({"responses": "a b"}, "row 1.*expected two or more"),
+        ({"responses": ["a", "b"], "ranks": [1, 1]}, "row 1.*expected 2 different numbers"),
+        ({"responses": ["a", "b"], "ranks": [1]}, "row 1.*expected 2 different numbers"),
+        ({"responses": ["a", "a"]}, "equal responses.*row 1"),
+        ({"responses": ["a", None]}, "an empty response.*row 1"),
+    ],
+)
+def test_rankings_that_rank_nothing_are_refused(table, template, row, said):
+    rows = [{"prompt": "p", "responses": ["a", "b"], "ranks": None}, {"prompt": "q", **row}]
+    with pytest.raises(ValueError, match=said):
+        table(rows, hold_out=0.0).rankings("train", template)
+
+
+def test_a_condition_is_read_after_the_request_and_is_part_of_what_makes_a_row_new(table, template):
+    pair = {"prompt": "how do i", "chosen": "good luck", "rejected": "enjoy"}
+    turned = {**pair, "chosen": "enjoy", "rejected": "good luck"}
+    rows = [{**pair, "condition": "please"}, {**turned, "condition": "first"}, {**pair, "condition": None}]
+    read = table(rows, hold_out=0.0).preferences("train", template)
+    assert [p.prompt.condition for p in read] == ["please", "first", ""]
+    written = [template.text(template.prompt_tokens(p.prompt)) for p in read]
+    assert "how do i please" in written[0]
+    assert "how do i first" in written[1]
+    assert "please" not in written[2]
+    # a run on prompts draws conditions of its own, so here they are nothing and the prompts are one
+    kept = table(rows, hold_out=0.0, bad_rows="drop").prompts("train", template)
+    assert [prompt.condition for prompt in kept] == [""]
+
+
+def test_a_condition_that_the_tokenizer_cannot_read_is_refused(table, template):
+    rows = [{"prompt": "how do i", "chosen": "good luck", "rejected": "enjoy", "condition": "please <helpful>"}]
+    with pytest.raises(ValueError, match=r"does not know, \['<helpful>'\] \(model.new_tokens adds them\)"):
+        table(rows, hold_out=0.0).preferences("train", template)
 
 
 def test_needed_columns_are_named(table, template):

@@ -13,12 +13,14 @@ from rlhf_lab.data.tokenise import (
     pair_batch,
     positions,
     prompt_batch,
+    ranking_batch,
     safety_pair_batch,
     sequences,
     text_batch,
 )
 from rlhf_lab.engine.models import load_tokenizer
-from rlhf_lab.records import Demonstration, PreferencePair, Prompt, SafetyPair
+from rlhf_lab.engine.tiny import tiny_tokenizer
+from rlhf_lab.records import Demonstration, PreferencePair, Prompt, Ranking, SafetyPair
 from rlhf_lab.types import Sequences
 
 PROMPTS = [Prompt.from_text(text) for text in ("bread ?", "is it safe to mix bleach and acid ?", "x")]
@@ -134,3 +136,24 @@ def test_a_batch_may_be_cut_and_reordered_row_by_row(template: Template):
         [RESPONSES[i] for i in order],
         [True] * 2,
     )
+
+
+def test_rankings_of_unequal_lengths_are_filled_up_with_prompts_without_a_response():
+    prompts = [Prompt.from_text("how do i"), Prompt.from_text("please")]
+    template = Template(tiny_tokenizer(), "auto")
+    batch = ranking_batch(
+        template,
+        [
+            Ranking(prompt=prompts[0], responses=("enjoy", "good luck", "have fun")),
+            Ranking(prompt=prompts[1], responses=("good luck", "enjoy")),
+        ],
+    )
+    assert batch.present.tolist() == [[True, True, True], [True, True, False]]
+    assert len(batch) == 2
+    third = batch.texts[2]
+    assert third.response_mask.sum(1).tolist() == [3, 0]
+    assert template.text(third.tokens[0, third.prompt_width :].tolist()) == "have fun"
+    assert batch.lengths.tolist() == [sum(int(text.lengths[i]) for text in batch.texts) for i in (0, 1)]
+    picked = batch.select(torch.tensor([1]))
+    assert picked.present.tolist() == [[True, True, False]]
+    assert torch.equal(picked.texts[0].tokens[0], batch.texts[0].tokens[1])
