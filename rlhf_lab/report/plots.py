@@ -333,9 +333,8 @@ def soups(run: Run) -> list[Panel]:
                 curves.append(Curve(x=x[ends], y=path.y[ends], label="responses mixed", colour="muted", kind="limit"))
             ci = None if path.ci is None else path.ci[written]
             made = replace(path, x=x[written], y=path.y[written], ci=ci, label="the one written", colour="blue")
-            panels += panel(
-                run, "Mixtures", f"gold {second}", [*curves, replace(made, marker="s")], x_label=f"gold {first}"
-            )
+            curves.append(replace(made, marker="s"))
+            panels += panel(run, f"Soups on {split}", f"gold {second}", curves, x_label=f"gold {first}")
     return panels
 
 
