@@ -24,7 +24,7 @@ class OfflineAlgorithm(Protocol):
     """
 
     trains: ClassVar[str]  # what it makes of a model: policy, scorer
-    reads: ClassVar[str]  # which records of a data set it learns from: demonstrations, preferences, safety_pairs
+    reads: ClassVar[str]  # which records of a data set it learns from: demonstrations, preferences, …
     # A method may also have `uses_reference: ClassVar[bool]`: its pairs then carry the reference's log-probabilities;
     # `token_scores`: it then reads a score after every token; `outputs: ClassVar[tuple[str, ...]]`, of a value model's
     # head, if that is more than a score; and be `Observant`, if a part of it changes from step to step.
@@ -48,10 +48,32 @@ class Observant(Protocol):
         ...
 
 
+@runtime_checkable
+class Guided(Protocol):
+    """A method on quadruples that takes a margin from the weaker pair, as a policy sees it before the step.
+
+    The batch of its loss is then the stronger pairs with that margin.
+    """
+
+    @property
+    def ema_decay(self) -> float:
+        """Of that policy, a moving average of the one that learns; 0 is the latter itself."""
+        ...
+
+    def weak_margin(self, said: Any, weak: Any) -> Tensor:
+        """(B,), from what that policy says of the weaker pairs; without gradient."""
+        ...
+
+
 class OnlineAlgorithm(Protocol):
     """A method that learns from its own samples."""
 
     least_samples: ClassVar[int]  # responses per prompt that it needs
+
+    @property
+    def objective(self) -> "Objective":
+        """What it maximises."""
+        ...
 
     @property
     def critics(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from rlhf_lab.functional.kl import Divergence, KLEstimator, kl_estimate
 from rlhf_lab.interfaces import KLController
 from rlhf_lab.records import Prompt
-from rlhf_lab.types import Count, Fraction, PolicyForward, Positive, ScoredRollout, Term
+from rlhf_lab.types import Count, Fraction, NonNegative, PolicyForward, Positive, ScoredRollout, Term
 
 
 class WeightedSum:
@@ -24,19 +24,122 @@ class WeightedSum:
     """
 
     def __init__(self, weights: Mapping[str, float]) -> None:
-        if not weights:
-            raise ValueError("objective.weights is empty; give at least one stream, e.g. +objective.weights.helpful=1")
-        self.weights = dict(weights)
+        self.weights = _some(weights)
         self.streams = tuple(self.weights)
 
     def __call__(self, scores: Mapping[str, Tensor], prompts: Sequence[Prompt]) -> Tensor:
-        missing = [stream for stream in self.streams if stream not in scores]
-        if missing:
+        columns = _read(self.streams, scores)
+        return torch.stack([weight * columns[stream] for stream, weight in self.weights.items()]).sum(0)
+
+
+class WorstCase:
+    """reward = min over k of w_k r_k: nothing is gained by what is already good.
+
+    It is the minimum of each response, which is at most the minimum of the expectations; a policy that serves one
+    stream with some responses and another with others gains by the latter and not by this.
+
+    Args:
+        weights: stream -> positive scale on which the streams are compared, reward units per unit of the stream.
+
+    Raises:
+        ValueError: there is no weight, one is not positive, or a score that it weighs is not there.
+
+    Source: the minimum of expectations is MaxMin-RLHF, Chakraborty et al. 2024, arXiv:2402.08925.
+    """
+
+    def __init__(self, weights: Mapping[str, Positive]) -> None:
+        self.weights = _positive(weights)
+        self.streams = tuple(self.weights)
+
+    def __call__(self, scores: Mapping[str, Tensor], prompts: Sequence[Prompt]) -> Tensor:
+        columns = _read(self.streams, scores)
+        return torch.stack([weight * columns[stream] for stream, weight in self.weights.items()]).amin(0)
+
+
+class Chebyshev:
+    """reward = min over k of w_k (r_k - z_k) + rho sum over k of (r_k - z_k): the augmented Chebyshev scalarisation.
+
+    The stream that is furthest from its mark counts, and the others a little, so that of two responses with the same
+    worst stream the better one wins. Every undominated vector is best for some weights, also where the front is not
+    convex, which no weighted sum achieves.
+
+    Args:
+        weights: stream -> positive weight of its shortfall.
+        reference: stream -> z_k, its mark, in its own units.
+        rho: small; 0 leaves the sum out.
+
+    Raises:
+        ValueError: weights and reference speak of different streams, or as `WorstCase`.
+
+    Source: Steuer and Choo 1983, Mathematical Programming 26:326, eq. 4.
+    """
+
+    def __init__(self, weights: Mapping[str, Positive], reference: Mapping[str, float], rho: NonNegative) -> None:
+        self.weights = _positive(weights)
+        if reference.keys() != self.weights.keys():
             raise ValueError(
-                f"objective weighs {missing}, but the rollout was scored by {sorted(scores)}; "
-                "add a reward source or change objective.weights"
+                f"objective.reference names {sorted(reference)}, objective.weights {sorted(weights)}; name the same"
             )
-        return torch.stack([weight * scores[stream] for stream, weight in self.weights.items()]).sum(0)
+        self.reference, self.rho, self.streams = dict(reference), rho, tuple(self.weights)
+
+    def __call__(self, scores: Mapping[str, Tensor], prompts: Sequence[Prompt]) -> Tensor:
+        columns = _read(self.streams, scores)
+        over = {stream: columns[stream] - self.reference[stream] for stream in self.streams}  # (B,) each
+        worst = torch.stack([weight * over[stream] for stream, weight in self.weights.items()]).amin(0)
+        return worst + self.rho * torch.stack(list(over.values())).sum(0)
+
+
+class Preferred:
+    """reward_i = sum over k of w_ik r_k / sum over k of w_ik, with the weights that prompt i carries.
+
+    Args:
+        streams: those that a prompt may weigh.
+
+    Raises:
+        ValueError: a prompt weighs nothing, or something else; a score is not there.
+
+    Source: P-MORL, Jang et al. 2023, arXiv:2310.11564, section 3.2: the mean over the preferences that are active.
+    """
+
+    def __init__(self, streams: Sequence[str]) -> None:
+        if not streams:
+            raise ValueError("objective.streams is empty; give those that conditions weigh")
+        self.streams = tuple(streams)
+
+    def __call__(self, scores: Mapping[str, Tensor], prompts: Sequence[Prompt]) -> Tensor:
+        columns = _read(self.streams, scores)
+        for prompt in prompts:
+            if not prompt.weights or not prompt.weights.keys() <= columns.keys():
+                raise ValueError(
+                    f"a prompt weighs {sorted(prompt.weights)}, but the objective reads {list(self.streams)} by the "
+                    "weights of each prompt; choose conditions that carry them, e.g. conditions=tiny_help"
+                )
+        rows = torch.stack([columns[stream] for stream in self.streams], dim=1)  # (B, K)
+        weights = rows.new_tensor([[prompt.weights.get(stream, 0.0) for stream in self.streams] for prompt in prompts])
+        return (weights * rows).sum(1) / weights.sum(1)
+
+
+def _read(streams: Sequence[str], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The scores of these streams."""
+    if missing := [stream for stream in streams if stream not in scores]:
+        raise ValueError(
+            f"objective weighs {missing}, but the rollout was scored by {sorted(scores)}; "
+            "add a reward source or change objective.weights"
+        )
+    return {stream: scores[stream] for stream in streams}
+
+
+def _some(weights: Mapping[str, float]) -> dict[str, float]:
+    if not weights:
+        raise ValueError("objective.weights is empty; give at least one stream, e.g. +objective.weights.helpful=1")
+    return dict(weights)
+
+
+def _positive(weights: Mapping[str, float]) -> dict[str, float]:
+    for stream, weight in weights.items():
+        if weight <= 0:
+            raise ValueError(f"objective.weights.{stream}={weight}; a minimum needs weights above 0")
+    return _some(weights)
 
 
 @dataclass(frozen=True, kw_only=True)

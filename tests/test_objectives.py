@@ -1,6 +1,7 @@
 """What is maximised: weighted sums, and the KL penalty with its controllers, worked by hand."""
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rlhf_lab.functional.kl import Divergence, KLEstimator, kl_estimate
-from rlhf_lab.objectives import AdaptiveKL, FixedKL, KLPenalty, WeightedSum
+from rlhf_lab.objectives import AdaptiveKL, Chebyshev, FixedKL, KLPenalty, Preferred, WeightedSum, WorstCase
 from rlhf_lab.records import Prompt
 from rlhf_lab.types import PolicyForward, Rollout, ScoredRollout, Sequences
 
@@ -175,3 +176,64 @@ def test_a_fixed_coefficient_stays_and_refuses_the_state_of_another_controller()
     fixed.load_state_dict(fixed.state_dict())
     with pytest.raises(ValueError, match="no state"):
         fixed.load_state_dict(adaptive().state_dict())
+
+
+SCORES = {"helpful": torch.tensor([1.0, -2.0, 3.0]), "humour": torch.tensor([0.5, 4.0, -1.0]), "cost": torch.ones(3)}
+
+
+def test_worst_case_is_the_least_weighed_score_of_each_response():
+    objective = WorstCase({"helpful": 1.0, "humour": 3.0})
+    assert objective.streams == ("helpful", "humour")
+    assert objective(SCORES, []).tolist() == [1.0, -2.0, -3.0]
+
+
+def test_chebyshev_by_hand():
+    objective = Chebyshev({"helpful": 1.0, "humour": 2.0}, {"helpful": 1.0, "humour": 1.0}, rho=0.1)
+    # over the reference: (0, -.5), (-3, 3), (2, -2); worst 2 (-.5), -3, 2 (-2); sums -.5, 0, 0
+    assert_close(objective(SCORES, []), torch.tensor([-1.0 - 0.05, -3.0, -4.0]))
+
+
+def test_chebyshev_finds_a_middle_that_no_weighted_sum_prefers_and_rho_breaks_ties():
+    # (1, 0), (0, 1) and a dent between them
+    scores = {"a": torch.tensor([1.0, 0.0, 0.4, 0.4]), "b": torch.tensor([0.0, 1.0, 0.4, 0.9])}
+    front = {name: column[:3] for name, column in scores.items()}
+    for weight in torch.linspace(0, 1, 21).tolist():
+        assert WeightedSum({"a": weight, "b": 1 - weight})(front, []).argmax() != 2
+    middle = Chebyshev({"a": 0.5, "b": 0.5}, {"a": 1.0, "b": 1.0}, rho=0.0)
+    assert middle(front, []).argmax() == 2
+    assert middle(scores, [])[2] == middle(scores, [])[3]
+    better = Chebyshev({"a": 0.5, "b": 0.5}, {"a": 1.0, "b": 1.0}, rho=0.01)(scores, [])
+    assert better[3] > better[2]  # as bad in a, better in b
+
+
+def test_what_each_prompt_prefers_by_hand():
+    asked = Prompt.from_text("hello")
+    prompts = [
+        asked.conditioned("", {"helpful": 1.0}),
+        asked.conditioned("", {"humour": 2.0}),
+        asked.conditioned("", {"helpful": 1.0, "humour": 3.0}),
+    ]
+    reward = Preferred(["helpful", "humour"])(SCORES, prompts)
+    assert_close(reward, torch.tensor([1.0, 4.0, (3.0 - 3.0) / 4]))
+
+
+@pytest.mark.parametrize("weights", [{}, {"cost": 1.0}])
+def test_a_prompt_that_prefers_nothing_or_something_else_is_refused(weights: dict[str, float]):
+    prompts = [Prompt.from_text("hello").conditioned("x", weights)] * 3
+    with pytest.raises(ValueError, match=r"weighs .*reads \['helpful', 'humour'\].*conditions=tiny_help"):
+        Preferred(["helpful", "humour"])(SCORES, prompts)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: WorstCase({}), "weights is empty"),
+        (lambda: WorstCase({"helpful": 1.0, "cost": -1.0}), r"weights.cost=-1.0.*above 0"),
+        (lambda: Chebyshev({"helpful": 1.0}, {"humour": 1.0}, 0.1), r"reference names \['humour'\]"),
+        (lambda: Preferred([]), "streams is empty"),
+        (lambda: WorstCase({"length": 1.0})(SCORES, []), r"weighs \['length'\]"),
+    ],
+)
+def test_objectives_that_do_not_add_up_are_refused(build: Callable[[], object], message: str):
+    with pytest.raises(ValueError, match=message):
+        build()

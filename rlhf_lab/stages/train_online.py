@@ -140,6 +140,15 @@ class TrainOnline:
                 f"the objective and constraints read {list(self.algorithm.streams)}, but the reward sources are "
                 f"{sorted(self.rewards)}; add reward.sources.{missing[0]} or change objective.weights"
             )
+        if missing := [name for name in self.conditions.streams if name not in self.rewards]:
+            raise ValueError(
+                f"conditions weigh {list(self.conditions.streams)}, but the reward sources are {sorted(self.rewards)}; "
+                f"add reward.sources.{missing[0]} or change conditions"
+            )
+        # an objective that weighs by the prompt refuses here a prompt that weighs nothing
+        self.algorithm.objective(
+            {name: torch.zeros(1) for name in self.rewards}, self.conditions.drawn([Prompt.from_text("a probe")], 0)
+        )
         self.sampling.check_trainable()
         if self.samples_per_prompt < self.algorithm.least_samples:
             raise ValueError(
@@ -281,6 +290,7 @@ class TrainOnline:
             temperature=self.sampling.temperature,
             tokens_at_once=learner.tokens_at_once,
         )
+        self._warn_of_units(run)
         gold = {name: Gold(measure) for name, measure in self.dataset.gold.items()}
         data = self.demonstrations if self.ptx_coef else None
         return Parts(
@@ -295,6 +305,18 @@ class TrainOnline:
             gold=gold,
             evaluator=Evaluator(held_out, gold, template, run.seed),
         )
+
+    def _warn_of_units(self, run: Run) -> None:
+        """Say of loaded sources whose cost is held below a limit if their 0 is not known to be the border of safety."""
+        caveats = {
+            "none": "raw: pairs say nothing of where 0 is, so unless its model was trained with signs too",
+            "standardised": "standardised: its 0 is the mean of its reference set, so",
+        }
+        for name in getattr(self.algorithm, "constraints", {}):
+            if caveat := caveats.get(getattr(self.rewards[name], "units", "")):
+                run.warn(
+                    0, f"the cost {name!r} is {caveat} a limit has no meaning; use stage.calibration=labels or gold"
+                )
 
     def _prompts(self, run: Run, template: Template) -> tuple[Sequence[Prompt], Mapping[str, Sequence[Prompt]]]:
         """Training prompts, and those of each held-out split.

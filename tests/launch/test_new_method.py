@@ -26,6 +26,7 @@ class BatchMean:
     """L = -(R - mean R) log pi(y | x)."""
 
     critics: ClassVar[tuple[str, ...]] = ()
+    least_samples: ClassVar[int] = 1
     stateful: ClassVar[dict] = {}
 
     objective: Objective
