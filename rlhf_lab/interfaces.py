@@ -187,6 +187,11 @@ class Conditions(Protocol):
 
     streams: tuple[str, ...]  # the scores that the weights of its prompts speak of
 
+    @property
+    def new_tokens(self) -> Sequence[str]:
+        """Words of its own that every model of the run has to know beside `model.new_tokens`."""
+        ...
+
     def check(self, template: Any) -> None:
         """Refuse what the policy's tokenizer cannot read."""
         ...

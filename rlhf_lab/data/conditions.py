@@ -14,6 +14,7 @@ class NoConditions:
     """The policy reads the request alone."""
 
     streams: tuple[str, ...] = ()
+    new_tokens: tuple[str, ...] = ()
 
     def check(self, template: Template) -> None:
         """There is nothing that a tokenizer could not read."""
@@ -44,6 +45,8 @@ class Preferences:
 
     Source: P-MORL, Jang et al. 2023, arXiv:2310.11564, section 3: a preference is a combination of declared tastes.
     """
+
+    new_tokens: tuple[str, ...] = ()  # which of its wordings are new, only the model's settings know
 
     def __init__(
         self,

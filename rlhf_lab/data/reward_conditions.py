@@ -207,6 +207,10 @@ class TradeOffs:
     def streams(self) -> tuple[str, ...]:
         return self.context.names
 
+    @property
+    def new_tokens(self) -> list[str]:
+        return self.context.notation.new_tokens(self.context.names)
+
     def check(self, template: Template) -> None:
         """Refuse a tokenizer that cannot read the rewards.
 
@@ -214,8 +218,7 @@ class TradeOffs:
             ValueError: naming a word.
         """
         known = template.tokenizer.get_vocab()
-        words = self.context.notation.new_tokens(self.context.names)
-        if unknown := [word for word in words if word not in known]:
+        if unknown := [word for word in self.new_tokens if word not in known]:
             raise ValueError(
                 f"the policy's tokenizer does not know {unknown[0]!r} and {len(unknown) - 1} other words of "
                 f"{self.policy}; set model.policy to that folder"

@@ -72,7 +72,7 @@ class Evaluate:
     def bench(self, policy: str, seed: int) -> Bench:
         """Load what policies are measured with; `policy` is the folder of one of them, which says how prompts read."""
         device = self.hardware.start()
-        new_tokens = self.model.new_tokens
+        new_tokens = [*self.model.new_tokens, *self.conditions.new_tokens]
         template = Template(load_tokenizer(policy, new_tokens), self.dataset.template_style)
         self.conditions.check(template)
         prompts = {split: self.dataset.prompts(split, template) for split in self.dataset.splits}

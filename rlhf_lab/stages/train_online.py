@@ -269,11 +269,12 @@ class TrainOnline:
 
     def _load(self, run: Run) -> Parts:
         """Read weights and data; everything that is shared is made here."""
-        template = Template(load_tokenizer(self.model.policy, self.model.new_tokens), self.dataset.template_style)
+        new_tokens = [*self.model.new_tokens, *self.conditions.new_tokens]
+        template = Template(load_tokenizer(self.model.policy, new_tokens), self.dataset.template_style)
         options = {
             "device": self.hardware.start(),
             "seed": derive(run.seed, "initial weights"),
-            "new_tokens": new_token_ids(template.tokenizer, self.model.new_tokens),
+            "new_tokens": new_token_ids(template.tokenizer, new_tokens),
         }
         prompts, held_out = self._prompts(run, template)
         policy = load_policy(self.model.policy, dtype=LEARNT, **options)
