@@ -35,6 +35,12 @@ class DPOPoP:
     margin_max: float
     ema_decay: Fraction
 
+    def __post_init__(self) -> None:
+        if self.margin_min > self.margin_max:
+            raise ValueError(
+                f"algorithm.margin_min={self.margin_min} is over algorithm.margin_max={self.margin_max}; swap them"
+            )
+
     def weak_margin(self, said: PairForward, weak: PairBatch) -> Tensor:
         """(B,): the clamped m_Q, from what the guiding policy says of the weaker pairs."""
         chosen, rejected = said.log_ratios(weak.reference)

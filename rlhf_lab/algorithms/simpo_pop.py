@@ -33,6 +33,12 @@ class SimPOPoP:
     ema_decay: Fraction
     length: Length
 
+    def __post_init__(self) -> None:
+        if self.margin_min > self.margin_max:
+            raise ValueError(
+                f"algorithm.margin_min={self.margin_min} is over algorithm.margin_max={self.margin_max}; swap them"
+            )
+
     def weak_margin(self, said: PairForward, weak: PairBatch) -> Tensor:
         """(B,): the clamped a_Q, from what the guiding policy says of the weaker pairs."""
         chosen, rejected = mean_logprobs(said, weak, self.length)

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.templates import Template
-from rlhf_lab.data.tokenise import pair_batch, ranking_batch, safety_pair_batch, text_batch
+from rlhf_lab.data.tokenise import pair_batch, quadruple_batch, ranking_batch, safety_pair_batch, text_batch
+from rlhf_lab.engine.average import MovingAverage
 from rlhf_lab.engine.forward import policy_forward, text_logprobs, text_scores
+from rlhf_lab.engine.generate import Generator
 from rlhf_lab.engine.learner import Learner, Part, Trainable
 from rlhf_lab.engine.models import (
     LEARNT,
@@ -30,11 +32,12 @@ from rlhf_lab.engine.models import (
     save_model,
 )
 from rlhf_lab.engine.packing import check_packing, pack, packed_forward
-from rlhf_lab.engine.score import by_length
-from rlhf_lab.interfaces import Observant, OfflineAlgorithm, Stateful
+from rlhf_lab.engine.score import by_length, microbatches
+from rlhf_lab.interfaces import Guided, Observant, OfflineAlgorithm, Stateful
 from rlhf_lab.run import Run
 from rlhf_lab.seeds import derive, generator
 from rlhf_lab.stages.calibrate import CalibrationMethod, ReferenceSet
+from rlhf_lab.stages.evaluate import Bench, Evaluate
 from rlhf_lab.types import Count, Metrics, NonNegativeCount, Term, batches
 
 if TYPE_CHECKING:
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
 BATCHES = {
     "demonstrations": text_batch,
     "preferences": pair_batch,
+    "quadruples": quadruple_batch,
     "rankings": ranking_batch,
     "safety_pairs": safety_pair_batch,
 }
@@ -61,7 +65,7 @@ class Lesson:
     def batch(self, reads: str, template: Template, index: Tensor) -> Any:
         """The rows `index` as a batch."""
         batch = BATCHES[reads](template, [self.records[i] for i in index.tolist()])
-        return replace(batch, reference=tuple(column[index] for column in self.reference)) if self.reference else batch
+        return batch.beside(tuple(column[index] for column in self.reference)) if self.reference else batch
 
 
 class TrainOffline:
@@ -71,13 +75,14 @@ class TrainOffline:
         epochs: passes over the data.
         batch_size: rows of an optimiser step; the last of an epoch may be smaller, none is dropped.
         calibration: of a value model, on the first held-out split. "standardised": mean 0, standard deviation 1 over
-            its responses; "gold": least squares on a gold column, so that the score has its units; "labels": log-odds
+            its responses; "scaled": the same deviation without a shift, which keeps the sign of a cost; "gold": least squares on a gold column, so that the score has its units; "labels": log-odds
             of the unsafe label, so that 0 is even odds; "none": raw.
         calibration_column: the gold column, without its `_0`, `_1`.
         checkpoint_every, evaluate_every: optimiser steps; evaluation 0: at the end only.
         turns: of a conversation to imitate, the "last" response, or "all" that the assistant says.
         pack_tokens: rows to imitate are laid end to end in sequences of this many tokens, none seeing another; 0: every
             row has a sequence of its own. Changes memory and speed only.
+        measure: how a policy is sampled and scored before training and at each evaluation; null for not at all.
     """
 
     def __init__(
@@ -96,6 +101,7 @@ class TrainOffline:
         evaluate_every: NonNegativeCount,
         turns: Literal["last", "all"],
         pack_tokens: NonNegativeCount,
+        measure: Evaluate | None,
     ) -> None:
         self.algorithm, self.model, self.dataset, self.learner = algorithm, model, dataset, learner
         self.hardware, self.epochs, self.batch_size = hardware, epochs, batch_size
@@ -103,6 +109,7 @@ class TrainOffline:
         self.calibration_column = calibration_column
         self.checkpoint_every, self.evaluate_every = checkpoint_every, evaluate_every
         self.every_turn, self.pack_tokens = turns == "all", pack_tokens
+        self.measure = measure
         self.trains_policy = algorithm.trains == "policy"
         settings = learner.keywords
         if settings["epochs"] != 1 or settings["minibatch_size"]:
@@ -127,6 +134,10 @@ class TrainOffline:
             raise ValueError(
                 f"stage.calibration={self.calibration}, but a policy has no score; use stage.calibration=none"
             )
+        if self.measure is not None:
+            if not self.trains_policy:
+                raise ValueError("stage.measure samples from a policy, but this method trains a scorer; set it to null")
+            self.measure.check(promised)
 
     @property
     def stateful(self) -> Mapping[str, Stateful]:
@@ -143,8 +154,13 @@ class TrainOffline:
         )
         if getattr(self.algorithm, "use_margin", False) and not any(record.margin for record in records):
             raise ValueError(
-                f"algorithm.use_margin=true, but {self.dataset.path} has no margins; "
+                f"the algorithm reads the margins of the data, but {self.dataset.path} has none; "
                 "say which column holds them with dataset.columns.margin=<column>"
+            )
+        if missing := [name for name in getattr(self.algorithm, "scores", ()) if name not in records[0].gaps]:
+            raise ValueError(
+                f"the algorithm reads the score {missing[0]!r}, but the pairs of {self.dataset.path} have "
+                f"{sorted(records[0].gaps)}; add it to the table with stage=score_table"
             )
         for note in self.dataset.notes:
             run.warn(0, note)
@@ -167,17 +183,22 @@ class TrainOffline:
         learner = self.learner(modules={name: model}, total_updates=total)
         run.console.say(f"{len(records)} rows, {total} steps of {self.batch_size}; template {template.style}")
 
-        first = self._resume(run, model, learner)
+        guide = MovingAverage(model, self.algorithm.ema_decay if isinstance(self.algorithm, Guided) else 0.0)
+        bench = self.measure.bench(self.model.policy, run.seed) if self.measure else None
+        first = self._resume(run, model, learner, guide)
         latest: Metrics = {}
+        if bench and first == 0:
+            run.log(0, self._sample(run, bench, model, 0) | {"episode": 0.0})
         for done in run.console.steps(self.algorithm.reads, first, total, latest):
             step = done + 1  # step k is the state after k optimiser steps
             epoch, place = divmod(done, steps_per_epoch)
             order = torch.randperm(len(records), generator=generator(run.seed, "order", epoch))
             chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
+            batch = self._guided(guide, lesson.batch(self.algorithm.reads, template, chosen))
             torch.manual_seed(derive(run.seed, "dropout", done))
             model.train()
-            batch = lesson.batch(self.algorithm.reads, template, chosen)
             means = learner.update([self._lesson(model, batch)], derive(run.seed, "learner", done))
+            guide.update(model)
             metrics = _named(means)
             if isinstance(self.algorithm, Observant):
                 metrics |= self.algorithm.observe(means)
@@ -185,11 +206,13 @@ class TrainOffline:
             last = step == total
             if last or (self.evaluate_every and step % self.evaluate_every == 0):
                 for split, exam in exams.items():
-                    metrics |= {f"eval/{split}/{k}": v for k, v in self._evaluate(model, template, exam).items()}
+                    metrics |= {f"eval/{split}/{k}": v for k, v in self._evaluate(model, guide, template, exam).items()}
+                if bench:
+                    metrics |= self._sample(run, bench, model, step)
             latest.update(metrics)
             run.log(step, metrics)
             if last or step % self.checkpoint_every == 0:
-                run.save(step, self._state(model, learner))
+                run.save(step, self._state(model, learner, guide))
 
         with run.folder(name) as folder:
             if self.trains_policy:
@@ -199,15 +222,16 @@ class TrainOffline:
                 save_model(folder, model, template.tokenizer, calibration)
         return run.last
 
-    def _state(self, model: "PreTrainedModel", learner: Learner) -> dict[str, Any]:
+    def _state(self, model: "PreTrainedModel", learner: Learner, guide: MovingAverage) -> dict[str, Any]:
         """Everything that changes during a run; random numbers are derived from the step and need no saving."""
         return {
             "model": parameters_of(model),
             "learner": learner.state_dict(),
+            "guide": guide.state_dict(),
             "algorithm": {name: part.state_dict() for name, part in self.stateful.items()},
         }
 
-    def _resume(self, run: Run, model: "PreTrainedModel", learner: Learner) -> int:
+    def _resume(self, run: Run, model: "PreTrainedModel", learner: Learner, guide: MovingAverage) -> int:
         """Optimiser steps done, with every part as it was after the last checkpoint."""
         resumed = run.resume()
         if resumed is None:
@@ -215,6 +239,7 @@ class TrainOffline:
         step, state = resumed
         restore_parameters(model, state["model"])
         learner.load_state_dict(state["learner"])
+        guide.load_state_dict(state["guide"])
         for name, part in self.stateful.items():
             part.load_state_dict(state["algorithm"][name])
         return step
@@ -233,6 +258,26 @@ class TrainOffline:
         token_scores = getattr(self.algorithm, "token_scores", False)
         forward = text_logprobs if self.trains_policy else partial(text_scores, token_scores=token_scores)
         return Part(batch, lambda rows: forward(model, rows.texts), self.algorithm.loss)
+
+    @torch.no_grad()
+    def _guided(self, guide: MovingAverage, batch: Any) -> Any:
+        """The stronger pairs of quadruples with the margin of the weaker ones, where the method takes it from there."""
+        algorithm = self.algorithm
+        if not isinstance(algorithm, Guided):
+            return batch
+        guide.model.eval()
+        margins = torch.empty(len(batch))
+        for index in microbatches(batch.weak.lengths, self.learner.keywords["tokens_at_once"]):
+            weak = batch.weak.select(index).to(guide.model.device)
+            margins[index] = algorithm.weak_margin(text_logprobs(guide.model, weak.texts), weak).cpu()
+        return replace(batch.strong, margin=margins)
+
+    def _sample(self, run: Run, bench: Bench, model: "PreTrainedModel", step: int) -> Metrics:
+        """What the policy says to held-out prompts, measured; every row goes to samples/."""
+        engine = Generator(model.eval(), bench.evaluator.template, bench.sampling)
+        metrics, rows = bench.evaluator.evaluate(engine, bench.scorer)
+        run.write_rows(f"samples/step_{step:06d}.jsonl", rows)
+        return metrics
 
     def _with_reference(self, run: Run, split: str, template: Template, records: Sequence[Any]) -> Lesson:
         """The records, and what the reference says of their responses, which is computed once and kept on disk."""
@@ -256,14 +301,14 @@ class TrainOffline:
         return Lesson(records, tuple(saved[str(i)] for i in range(len(saved))))
 
     @torch.no_grad()
-    def _evaluate(self, model: "PreTrainedModel", template: Template, lesson: Lesson) -> Metrics:
+    def _evaluate(self, model: "PreTrainedModel", guide: MovingAverage, template: Template, lesson: Lesson) -> Metrics:
         """Means over held-out rows (a per-token term: over their tokens)."""
         model.eval()
         sums: dict[str, float] = {}
         counts: dict[str, float] = {}
         for part in batches(len(lesson.records), self.batch_size):
             index = torch.arange(part.start, part.stop)
-            batch = lesson.batch(self.algorithm.reads, template, index).to(model.device)
+            batch = self._guided(guide, lesson.batch(self.algorithm.reads, template, index)).to(model.device)
             piece = self._part(model, batch)
             for term in piece.loss(piece.forward(batch), batch):
                 values, count = _total(term, batch)
@@ -280,5 +325,5 @@ def _total(term: Term, batch: Any) -> tuple[float, float]:
 
 def _named(means: Metrics) -> Metrics:
     """Terms under their contract names: what is minimised is a loss, the rest stands by itself."""
-    plain = ("accuracy", "log_variance", "grad_norm", "lr")
+    plain = ("accuracy", "log_variance", "grad_norm", "lr", "margin", "rewards/")
     return {name if name.startswith(plain) else f"loss/{name}": value for name, value in means.items()}
