@@ -4,7 +4,6 @@ The optima come from closed forms and root finders over whole responses (or back
 samples. Distances are total variation, the largest over prompts; the reference is .2 and more away from every optimum.
 """
 
-from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import pytest
@@ -12,16 +11,7 @@ import scipy
 import torch
 from torch import Tensor
 
-from rlhf_lab.algorithms.grpo import GRPO
-from rlhf_lab.algorithms.ppo import PPO
-from rlhf_lab.algorithms.ppo_lag import PPOLagrangian
-from rlhf_lab.algorithms.reinforce import Reinforce, RunningMean
-from rlhf_lab.algorithms.rloo import RLOO
-from rlhf_lab.bounds import Mean, StudentT
-from rlhf_lab.constraints import FixedPrice, Lagrangian, LogAscent
-from rlhf_lab.functional.kl import Divergence
-from rlhf_lab.interfaces import Bound, Constraint, Dual, Objective
-from rlhf_lab.objectives import FixedKL, KLPenalty, WeightedSum
+from rlhf_lab.bounds import StudentT
 from tests.algorithms.ground_truth import (
     World,
     chi2_optimum,
@@ -30,85 +20,27 @@ from tests.algorithms.ground_truth import (
     mean,
     reverse_kl_optimum,
 )
+from tests.algorithms.methods import (
+    BETA,
+    METHODS,
+    PRICED,
+    Method,
+    ascent,
+    at_price,
+    constraint,
+    grpo,
+    penalty,
+    reinforce,
+    rloo,
+)
 
-BETA = 0.4
 WORLD = World.drawn()
 ONE_TOKEN = World.drawn(longest=1)
 HELPFUL, COST = WORLD.scores["helpful"], WORLD.scores["cost"]
 CLOSE = 0.02
 
-Method = Callable[..., Any]
-
-
-def penalty(estimator: Divergence = "k1", placement: Literal["reward", "loss"] = "reward") -> KLPenalty:
-    return KLPenalty(estimator=estimator, placement=placement, controller=FixedKL())
-
-
-def shared(
-    objective: Objective | None = None, kl: KLPenalty | None = None, beta: float = BETA, clip: float = 0.2
-) -> dict[str, Any]:
-    return {
-        "objective": objective or WeightedSum({"helpful": 1.0}),
-        "kl": kl or penalty(),
-        "kl_coef": beta,
-        "clip": clip,
-        "reward_clip": float("inf"),
-    }
-
-
-CRITIC = {"gamma": 1.0, "lam": 0.95, "value_clip": 5.0, "value_coef": 1.0, "whiten_advantages": False}
-
-
-def ppo(**changes: Any) -> PPO:
-    return PPO(**CRITIC, **shared(**changes))
-
-
-def ppo_lag(constraints: Mapping[str, Constraint] | None = None, **changes: Any) -> PPOLagrangian:
-    return PPOLagrangian(constraints=constraints or {"cost": at_price(0.0)}, **CRITIC, **shared(**changes))
-
-
-def reinforce(constraints: Mapping[str, Constraint] | None = None, divide: bool = True, **changes: Any) -> Reinforce:
-    return Reinforce(
-        constraints=constraints or {}, divide_by_prices=divide, baseline=RunningMean(0.8), **shared(**changes)
-    )
-
-
-def rloo(constraints: Mapping[str, Constraint] | None = None, divide: bool = True, **changes: Any) -> RLOO:
-    return RLOO(constraints=constraints or {}, divide_by_prices=divide, **shared(**changes))
-
-
-def grpo(
-    constraints: Mapping[str, Constraint] | None = None,
-    divide: bool = True,
-    scale_by_sd: bool = False,
-    length: Literal["sequence", "tokens"] = "tokens",
-    **changes: Any,
-) -> GRPO:
-    return GRPO(
-        constraints=constraints or {},
-        divide_by_prices=divide,
-        scale_by_sd=scale_by_sd,
-        length=length,
-        **shared(**changes),
-    )
-
-
-METHODS: dict[str, Method] = {"ppo": ppo, "ppo_lag": ppo_lag, "reinforce": reinforce, "rloo": rloo, "grpo": grpo}
-PRICED: dict[str, Method] = {name: method for name, method in METHODS.items() if name != "ppo"}
 methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 priced = pytest.mark.parametrize("method", PRICED.values(), ids=PRICED)
-
-
-def constraint(limit: float, dual: Dual, bound: Bound | None = None) -> Lagrangian:
-    return Lagrangian(limit=limit, margin=0.0, window=512, delay=0, bound=bound or Mean(), dual=dual)
-
-
-def at_price(multiplier: float) -> Lagrangian:
-    return constraint(0.0, FixedPrice(multiplier))
-
-
-def ascent() -> LogAscent:
-    return LogAscent(init=0.5, lr=0.1, max_multiplier=20.0, min_multiplier=1e-3)
 
 
 def optimum(reward: Tensor, penalised: str, beta: float = BETA) -> Tensor:
