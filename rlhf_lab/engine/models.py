@@ -71,7 +71,7 @@ class Calibration:
 
     scale: float = 1.0
     shift: float = 0.0
-    method: str = "none"  # none, standardised, gold, labels
+    method: str = "none"  # none, standardised, scaled, gold, labels
     fitted_on: str = ""  # the reference set, by name
 
     def __call__(self, raw: Tensor) -> Tensor:

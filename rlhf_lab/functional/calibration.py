@@ -16,6 +16,17 @@ def standardise(raw: Tensor) -> tuple[float, float]:
     return scale, -raw.mean().item() * scale
 
 
+def scaled(raw: Tensor) -> tuple[float, float]:
+    """(scale, 0) that gives the (B,) raw scores (unbiased) standard deviation 1 and leaves 0 where it is.
+
+    For costs whose sign says what is unsafe, which a shift would change.
+
+    Raises:
+        ValueError: fewer than two scores, or all the same.
+    """
+    return standardise(raw)[0], 0.0
+
+
 def least_squares(raw: Tensor, target: Tensor) -> tuple[float, float]:
     """(scale, shift) that minimise the squared error to (B,) targets; the score is then in the targets' units.
 

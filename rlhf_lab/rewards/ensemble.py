@@ -42,6 +42,11 @@ class _Members:
             )
         return self
 
+    @property
+    def units(self) -> str:
+        """How the loaded members were calibrated, all alike."""
+        return self.members[0].units
+
 
 class Ensemble(_Members):
     """Aggregates the members' scores.

@@ -47,6 +47,11 @@ class ScalarModel:
         """Whether the loaded model says how sure it is."""
         return self.model.config.num_labels == len(GAUSSIAN)
 
+    @property
+    def units(self) -> str:
+        """How the loaded model was calibrated."""
+        return self.calibration.method
+
     @torch.no_grad()
     def score(self, rollout: Rollout) -> Score:
         """(B,) calibrated scores. A response that was cut is scored as it stands, without an EOS that it never had."""

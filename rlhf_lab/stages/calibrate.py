@@ -14,19 +14,19 @@ from rlhf_lab.data.tokenise import sequences
 from rlhf_lab.engine.forward import raw_scores
 from rlhf_lab.engine.models import Calibration
 from rlhf_lab.engine.score import by_length
-from rlhf_lab.functional.calibration import least_squares, logistic, standardise
+from rlhf_lab.functional.calibration import least_squares, logistic, scaled, standardise
 from rlhf_lab.records import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CalibrationMethod = Literal["none", "standardised", "gold", "labels"]
+CalibrationMethod = Literal["none", "standardised", "scaled", "gold", "labels"]
 TOKENS_AT_ONCE = 16384
 
 
 @dataclass(frozen=True)
 class ReferenceSet:
-    """What a value model is calibrated on: responses and their targets (none to be standardised)."""
+    """What a value model is calibrated on: responses and their targets (none to be standardised or scaled)."""
 
     name: str
     prompts: Sequence[Prompt]
@@ -55,7 +55,7 @@ class ReferenceSet:
             )
         split = dataset.splits[0]
         name = f"{dataset.path}:{split}"
-        if method == "standardised":
+        if method in ("standardised", "scaled"):
             records = getattr(dataset, reads)(split, template)
             texts = [(record.prompt, text) for record in records for text in record.responses]
             return cls(name, [prompt for prompt, _ in texts], [text for _, text in texts], torch.zeros(0))
@@ -73,6 +73,8 @@ class ReferenceSet:
         raw = by_length(read, TOKENS_AT_ONCE, model.device, lambda part: raw_scores(model, part))
         if method == "standardised":
             scale, shift = standardise(raw)
+        elif method == "scaled":
+            scale, shift = scaled(raw)
         elif method == "gold":
             scale, shift = least_squares(raw, self.target)
         else:

@@ -75,8 +75,9 @@ class TrainOffline:
         epochs: passes over the data.
         batch_size: rows of an optimiser step; the last of an epoch may be smaller, none is dropped.
         calibration: of a value model, on the first held-out split. "standardised": mean 0, standard deviation 1 over
-            its responses; "scaled": the same deviation without a shift, which keeps the sign of a cost; "gold": least squares on a gold column, so that the score has its units; "labels": log-odds
-            of the unsafe label, so that 0 is even odds; "none": raw.
+            its responses; "scaled": this deviation without a shift, which keeps the sign of a cost; "gold": least
+            squares on a gold column, so that the score has its units; "labels": log-odds of the unsafe label, so that 0
+            is even odds; "none": raw.
         calibration_column: the gold column, without its `_0`, `_1`.
         checkpoint_every, evaluate_every: optimiser steps; evaluation 0: at the end only.
         turns: of a conversation to imitate, the "last" response, or "all" that the assistant says.

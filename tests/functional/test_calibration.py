@@ -6,10 +6,11 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from rlhf_lab.functional.calibration import least_squares, logistic, standardise
+from rlhf_lab.functional.calibration import least_squares, logistic, scaled, standardise
 
 CALIBRATIONS = [
     lambda raw: standardise(raw),
+    lambda raw: scaled(raw),
     lambda raw: least_squares(raw, target_of(raw)),
     lambda raw: logistic(raw, label_of(raw)),
 ]
@@ -39,6 +40,14 @@ def test_standardised_scores_have_mean_zero_and_unbiased_deviation_one():
     assert scale > 0
     assert score.mean() == pytest.approx(0, abs=1e-6)
     assert score.std(ddof=1) == pytest.approx(1, abs=1e-6)
+
+
+def test_scaled_costs_keep_their_sign_and_standardised_ones_do_not():
+    raw = torch.tensor([-0.5, 0.5, 2.0, 6.0])
+    (scale, shift), (other_scale, other_shift) = scaled(raw), standardise(raw)
+    assert (scale * raw + shift).std(correction=1).item() == pytest.approx(1, abs=1e-6)
+    assert ((scale * raw + shift) > 0).tolist() == [False, True, True, True]
+    assert ((other_scale * raw + other_shift) > 0).tolist() == [False, False, False, True]
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -1,0 +1,144 @@
+"""Making rankings: sample several responses to each prompt, have a judge order them, save a table."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_lab.data.dataset import Dataset
+from rlhf_lab.data.tables import read_table, write_table
+from rlhf_lab.data.templates import Template
+from rlhf_lab.data.tokenise import prompt_batch
+from rlhf_lab.engine.generate import Generator, Sampling
+from rlhf_lab.engine.models import Hardware, ModelPaths, check_path, load_policy, load_tokenizer, new_token_ids
+from rlhf_lab.records import Prompt
+from rlhf_lab.rewards.gold import Gold
+from rlhf_lab.run import Run
+from rlhf_lab.seeds import derive, generator
+from rlhf_lab.types import Count, Fraction, Metrics, batches
+
+
+class Rank:
+    """Several responses to each prompt, ordered by a gold score, as `data/<split>.parquet`.
+
+    Columns: id, prompt, responses (a list, the best first), and gold (their scores, in that order). Of equal responses
+    one is kept, and of equally good ones too, so rankings may be of unequal lengths; empty ones and rankings of fewer
+    than two are left out, and these are counted.
+
+    Args:
+        samples_per_prompt: responses drawn.
+        ranked_by: the gold score that orders them, the highest best.
+        noise: share of the training rankings in which two neighbours, drawn at random, change places, exactly.
+        prompts_per_shard: prompts between two saves; a killed run continues after its last shard.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: ModelPaths,
+        dataset: Dataset,
+        sampling: Sampling,
+        hardware: Hardware,
+        samples_per_prompt: Count,
+        ranked_by: str,
+        noise: Fraction,
+        prompts_per_shard: Count,
+    ) -> None:
+        self.model, self.dataset, self.sampling, self.hardware = model, dataset, sampling, hardware
+        self.samples_per_prompt, self.ranked_by = samples_per_prompt, ranked_by
+        self.noise, self.prompts_per_shard = noise, prompts_per_shard
+
+    def check(self, promised: Collection[str] = ()) -> None:
+        """Refuse what cannot work, before anything is loaded; `promised` paths will be there by then."""
+        check_path(self.model.policy, "model.policy", promised)
+        self.dataset.check(promised)
+        if self.ranked_by not in self.dataset.gold:
+            raise ValueError(
+                f"stage.ranked_by={self.ranked_by}, but {self.dataset.path} has the gold scores "
+                f"{sorted(self.dataset.gold)}"
+            )
+        if self.samples_per_prompt < 2:
+            raise ValueError(f"stage.samples_per_prompt={self.samples_per_prompt}; a ranking needs 2 or more")
+
+    def run(self, run: Run) -> Metrics:
+        device = self.hardware.start()
+        template = Template(load_tokenizer(self.model.policy, self.model.new_tokens), self.dataset.template_style)
+        policy = load_policy(
+            self.model.policy,
+            device=device,
+            dtype=self.hardware.dtype,
+            seed=run.seed,
+            new_tokens=new_token_ids(template.tokenizer, self.model.new_tokens),
+        )
+        engine = Generator(policy, template, self.sampling)
+        run.resume()  # there are no checkpoints: the shards are what it continues from
+        metrics: Metrics = {}
+        tables: dict[str, list[dict[str, Any]]] = {}
+        for split in (self.dataset.train_split, *self.dataset.splits):
+            prompts = self.dataset.prompts(split, template)
+            parts = list(batches(len(prompts), self.prompts_per_shard))
+            rows: list[dict[str, Any]] = []
+            for i in run.console.steps(f"sampling rankings of {split}, shard", 0, len(parts), metrics):
+                rows += self._shard(run, engine, template, split, i, prompts[parts[i]])
+            kept = [row for row in rows if len(row["responses"]) > 1]
+            if not kept:
+                raise ValueError(f"no prompt of {split} has two responses that {self.ranked_by} tells apart; draw more")
+            training = split == self.dataset.train_split
+            name = "train" if training else split
+            tables[name] = self._noisy(kept, run.seed) if training else kept
+            metrics |= {
+                f"{name}/rankings": float(len(kept)),
+                f"{name}/too_short": float(len(rows) - len(kept)),
+                f"{name}/responses": sum(len(row["responses"]) for row in kept) / len(kept),
+            }
+            run.console.say(f"{split}: {len(kept)} rankings; left out {len(rows) - len(kept)} of fewer than two")
+        with run.folder("data") as folder:
+            for name, kept in tables.items():
+                write_table(kept, folder / f"{name}.parquet")
+        run.log(0, metrics)
+        return metrics
+
+    def _shard(
+        self, run: Run, engine: Generator, template: Template, split: str, i: int, prompts: Sequence[Prompt]
+    ) -> list[dict[str, Any]]:
+        folder = Path(f"shards/{split}_{i:04d}")
+        done = run.directory / folder / "rows.parquet"
+        if not done.exists():
+            seed = derive(run.seed, "sampling", split, i)
+            rollout = engine.generate(prompt_batch(template, prompts), self.samples_per_prompt, seed)
+            gold = Gold(self.dataset.gold[self.ranked_by]).score(rollout).value.tolist()
+            with run.folder(str(folder)) as temporary:
+                write_table(self._rows(prompts, rollout.responses, gold), temporary / "rows.parquet")
+        return read_table(done)
+
+    def _rows(self, prompts: Sequence[Prompt], responses: Sequence[str], gold: Sequence[float]) -> list[dict[str, Any]]:
+        """A row for each prompt; of responses that score alike the first is kept, so equal ones are too."""
+        rows: list[dict[str, Any]] = []
+        for prompt, part in zip(prompts, batches(len(responses), self.samples_per_prompt), strict=True):
+            by_score: dict[float, str] = {}
+            for response, score in zip(responses[part], gold[part], strict=True):
+                if response.strip():
+                    by_score.setdefault(score, response)
+            scores = sorted(by_score, reverse=True)
+            rows.append(
+                {
+                    "id": prompt.id,
+                    "prompt": prompt.request,
+                    "responses": [by_score[score] for score in scores],
+                    "gold": scores,
+                }
+            )
+        return rows
+
+    def _noisy(self, rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+        """The rows with two neighbours, and their scores, exchanged in exactly the stated share of them."""
+        draw = generator(seed, "noise")
+        order = torch.randperm(len(rows), generator=draw)
+        changed = list(rows)
+        for i in order[: round(self.noise * len(rows))].tolist():
+            places = list(range(len(rows[i]["responses"])))
+            first = int(torch.randint(len(places) - 1, (), generator=draw))
+            places[first], places[first + 1] = places[first + 1], places[first]
+            changed[i] = rows[i] | {key: [rows[i][key][place] for place in places] for key in ("responses", "gold")}
+        return changed
