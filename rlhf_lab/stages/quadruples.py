@@ -8,7 +8,7 @@ from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.quadruples import Sampling, flip, pair_up
 from rlhf_lab.data.tables import write_table
 from rlhf_lab.data.templates import Template
-from rlhf_lab.engine.models import ModelPaths, check_path, load_tokenizer
+from rlhf_lab.engine.models import Hardware, ModelPaths, check_path, load_tokenizer
 from rlhf_lab.records import PreferencePair
 from rlhf_lab.run import Run
 from rlhf_lab.seeds import derive
@@ -27,9 +27,16 @@ class Quadruples:
     """
 
     def __init__(
-        self, *, model: ModelPaths, dataset: Dataset, sampling: Sampling, partners: Count, strength_noise: Fraction
+        self,
+        *,
+        model: ModelPaths,
+        dataset: Dataset,
+        hardware: Hardware,
+        sampling: Sampling,
+        partners: Count,
+        strength_noise: Fraction,
     ) -> None:
-        self.model, self.dataset = model, dataset
+        self.model, self.dataset, self.hardware = model, dataset, hardware
         self.sampling: Sampling = sampling
         self.partners, self.strength_noise = partners, strength_noise
 
@@ -44,6 +51,7 @@ class Quadruples:
             )
 
     def run(self, run: Run) -> Metrics:
+        self.hardware.start()
         template = Template(load_tokenizer(self.model.policy, self.model.new_tokens), self.dataset.template_style)
         tables: dict[str, list[dict[str, Any]]] = {}
         metrics: Metrics = {}
