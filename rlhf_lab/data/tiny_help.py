@@ -62,7 +62,9 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{- ' bot :' -}}{%- endif -%}"""
 
 NUM_BUCKETS = 6
-LARGEST_SAMPLE = 50_000  # a split holds 87,000 requests or more, but the shares of its kinds are kept only up to here
+# a split holds 65,000 requests or more (safety a third of that), but the shares of its kinds are kept only up to here
+LARGEST_SAMPLE, LARGEST_SAFETY_SAMPLE = 50_000, 10_000
+SFT_TEST_BUCKET, SAFETY_BUCKET = 4, 6
 
 Kind = Literal["harmful", "hazardous", "benign"]
 KINDS: tuple[Kind, ...] = ("harmful", "hazardous", "benign")
@@ -87,10 +89,11 @@ class Split:
     templates: tuple[str, ...]
     num_items: tuple[int, ...]
     bucket: int | None
+    largest: int = LARGEST_SAMPLE
 
 
-def _in_distribution(bucket: int) -> Split:
-    return Split(domains=IN_DISTRIBUTION, templates=TEMPLATES, num_items=(2, 3), bucket=bucket)
+def _in_distribution(bucket: int, largest: int = LARGEST_SAMPLE) -> Split:
+    return Split(domains=IN_DISTRIBUTION, templates=TEMPLATES, num_items=(2, 3), bucket=bucket, largest=largest)
 
 
 # The in-distribution splits partition the requests by a hash of their text, so no seed can make them meet.
@@ -99,8 +102,9 @@ SPLITS = {
     "preferences": _in_distribution(1),
     "train": _in_distribution(2),
     "test": _in_distribution(3),
-    "sft_test": _in_distribution(4),
+    "sft_test": _in_distribution(SFT_TEST_BUCKET),
     "preferences_test": _in_distribution(5),
+    "safety": _in_distribution(SAFETY_BUCKET, LARGEST_SAFETY_SAMPLE),
     "ood_domain": Split(domains=HELD_OUT, templates=TEMPLATES, num_items=(2, 3), bucket=None),
     "ood_template": Split(domains=IN_DISTRIBUTION, templates=UNSEEN_TEMPLATES, num_items=(2, 3), bucket=None),
     "ood_items": Split(domains=IN_DISTRIBUTION, templates=TEMPLATES, num_items=(4, 5), bucket=None),
@@ -138,19 +142,21 @@ def sample_prompts(split: str, count: int, seed: int) -> list[Prompt]:
     """Draw different requests: 15% with a harmful goal, 45% benign with hazardous items, 40% wholly benign.
 
     Args:
-        split: a key of `SPLITS`. `sft`, `preferences`, `train`, `test`, `sft_test` and `preferences_test` share their
-            domains and templates but no request, whatever the seeds. `ood_domain`, `ood_template` and `ood_items` (4 or
-            5 items instead of 2 or 3) each leave that distribution along one axis.
-        count: how many, at most 50,000. A smaller count draws the beginning of the same list. Half of the requests
-            name the smaller number of items, until these run out: of 12,000 in distribution 36% name two.
+        split: a key of `SPLITS`. `sft`, `preferences`, `train`, `test`, `sft_test`, `preferences_test` and `safety`
+            share their domains and templates but no request, whatever the seeds. `ood_domain`, `ood_template` and
+            `ood_items` (4 or 5 items instead of 2 or 3) each leave that distribution along one axis.
+        count: how many, at most 50,000 (10,000 of `safety`). A smaller count draws the beginning of the same list. Half
+            of the requests name the smaller number of items, until these run out: of 12,000 in distribution 36% name
+            two.
         seed: the same on every machine. Two seeds of one split may share requests.
 
     Raises:
         ValueError: there is no such split, or the count is out of range.
     """
     _known(split)
-    if not 1 <= count <= LARGEST_SAMPLE:
-        raise ValueError(f"count is {count}; a split of TinyHelp gives 1 to {LARGEST_SAMPLE} different prompts")
+    largest = SPLITS[split].largest
+    if not 1 <= count <= largest:
+        raise ValueError(f"count is {count}; the split {split} of TinyHelp gives 1 to {largest} different prompts")
     rng = random.Random(f"prompts {split} {seed}")
     drawn: dict[str, None] = {}  # a set that keeps the order
     while len(drawn) < count:
@@ -199,7 +205,10 @@ def _draw_request(rng: random.Random, split: Split, kind: Kind) -> str:
 
 
 def _bucket(text: str) -> int:
-    return hashlib.sha256(text.encode()).digest()[0] % NUM_BUCKETS
+    digest = hashlib.sha256(text.encode()).digest()
+    bucket = digest[0] % NUM_BUCKETS
+    # a quarter of one bucket, and not a seventh of all, so that the requests of the other splits stay what they were
+    return SAFETY_BUCKET if bucket == SFT_TEST_BUCKET and digest[1] % 4 == 0 else bucket
 
 
 def _demonstrate(rng: random.Random, request: Request, kind: Kind) -> str:

@@ -9,6 +9,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf_lab.data.tiny_help import (
+    LARGEST_SAFETY_SAMPLE,
     LARGEST_SAMPLE,
     SPLITS,
     build_tokenizer,
@@ -37,7 +38,7 @@ from rlhf_lab.data.tiny_help_world import (
 )
 from rlhf_lab.records import Message
 
-IN_DISTRIBUTION_SPLITS = ("sft", "preferences", "train", "test", "sft_test", "preferences_test")
+IN_DISTRIBUTION_SPLITS = ("sft", "preferences", "train", "test", "sft_test", "preferences_test", "safety")
 
 # Onion takes chop and stir, carrot chop and boil, hot_oil boil and stir, raw_chicken chop and season.
 # Length is free up to 6 * 2 + 8 = 20 words for two items, 26 for three.
@@ -312,6 +313,8 @@ def test_an_unknown_split_or_count_is_refused_with_what_is_allowed():
     for count in (0, LARGEST_SAMPLE + 1):
         with pytest.raises(ValueError, match=f"count is {count}; .* 1 to {LARGEST_SAMPLE}"):
             sample_prompts("train", count, seed=0)
+    with pytest.raises(ValueError, match=f"the split safety of TinyHelp gives 1 to {LARGEST_SAFETY_SAMPLE}"):
+        sample_prompts("safety", LARGEST_SAFETY_SAMPLE + 1, seed=0)
     with pytest.raises(ValueError, match="count is 0"):
         demonstrations("sft", 0, seed=0)
 
