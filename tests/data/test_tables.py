@@ -9,7 +9,17 @@ import pyarrow as pa
 import pytest
 from pyarrow import csv, parquet
 
-from rlhf_lab.data.tables import RowFilter, check_table, hold_out, need, prompt_of, read_splits, write_table
+from rlhf_lab.data.tables import (
+    RowFilter,
+    check_table,
+    hold_out,
+    join_tables,
+    need,
+    prompt_of,
+    read_splits,
+    read_table,
+    write_table,
+)
 
 ROWS = [{"prompt": 'a "quoted",\ncut', "response": "x\u2028y", "safe": True, "better": 1}] + [
     {"prompt": f"p{i}", "response": f"r{i}", "safe": i % 2 == 0, "better": i % 2} for i in range(4)
@@ -157,3 +167,11 @@ def test_local_files_need_neither_the_hub_library_nor_its_cache(tmp_path):
         f"read_splits({str(file)!r}, None); sys.exit('datasets' in sys.modules)"
     )
     assert subprocess.run(["python", "-c", code], check=False).returncode == 0
+
+
+def test_tables_are_joined_in_order(tmp_path):
+    rows = [{"text": str(i), "members": [float(i)] * (1 + i % 3)} for i in range(7)]
+    for k, part in enumerate((rows[:3], rows[3:4], rows[4:])):
+        write_table(part, tmp_path / f"{k}.parquet")
+    join_tables([tmp_path / f"{k}.parquet" for k in range(3)], tmp_path / "all.parquet")
+    assert read_table(tmp_path / "all.parquet") == rows
