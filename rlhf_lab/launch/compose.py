@@ -147,7 +147,8 @@ def default_name(
     if experiment := choices.get("experiments"):
         parts, said = [experiment], {"experiments"}
     else:
-        parts = [choices["algorithm" if "algorithm" in reached else "stage"]]
+        named = "algorithm" in reached or any(key_of(override) == "algorithm" for override in overrides)
+        parts = [choices["algorithm" if named else "stage"]]
         parts += [choices["reward"]] if "reward" in reached else []
         said = {"algorithm", "reward", "stage"}
     parts.append(f"s{config.seed}")
@@ -202,7 +203,8 @@ def plan_run(config: DictConfig, overrides: Sequence[str], choices: Mapping[str,
     config = config.copy()
     reached = _reached(config)
     for override in overrides:
-        if (group := key_of(override).split(".")[0]) in config and group not in reached:
+        group = key_of(override).split(".")[0]
+        if group in config and group not in reached and group not in _INCIDENTAL:
             raise ValueError(f"{override}: this kind of run does not read {group}; remove it")
     if config.name is None:
         config.name = default_name(overrides, choices, config, reached)
