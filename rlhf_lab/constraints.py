@@ -171,6 +171,11 @@ class Lagrangian:
         return self.dual.multiplier
 
     @property
+    def violated_above(self) -> float:
+        """A single cost above this counts as a violation: the limit, or what a bound of a rate calls unsafe."""
+        return getattr(self.bound, "unsafe_above", self.limit)
+
+    @property
     def _window(self) -> Tensor:
         return torch.tensor(list(self.recent), dtype=torch.float64)
 

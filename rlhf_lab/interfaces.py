@@ -147,6 +147,11 @@ class Constraint(Stateful, Protocol):
 
     limit: float
 
+    @property
+    def violated_above(self) -> float:
+        """A single cost above this counts as a violation, in units of the cost."""
+        ...
+
     def step(self, cost: Tensor) -> Metrics:
         """Dual step on the (B,) costs of one iteration; what it did, under metric names without prefix."""
         ...

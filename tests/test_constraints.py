@@ -264,3 +264,12 @@ def test_any_dual_goes_on_from_its_state(dual: str):
         steps = [before.step(cost) for cost in costs[:stop]]
         after.load_state_dict(copy.deepcopy(before.state_dict()))
         assert steps + [after.step(cost) for cost in costs[stop:]] == expected
+
+
+def test_a_single_cost_violates_a_limit_in_its_own_units_only():
+    dual = FixedPrice(1.0)
+    of_mean = Lagrangian(limit=0.3, margin=0.1, window=8, delay=0, bound=Mean(), dual=dual)
+    rate = ClopperPearson(delta=0.1, unsafe_above=-2.0)
+    of_rate = Lagrangian(limit=0.3, margin=0.1, window=8, delay=0, bound=rate, dual=dual)
+    assert of_mean.violated_above == 0.3
+    assert of_rate.violated_above == -2.0

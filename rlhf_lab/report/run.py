@@ -182,6 +182,8 @@ class Run:
 
     def limit(self, cost: str) -> float:
         """What the mean of this cost may not exceed, in its own units, as last logged; NaN if it has no limit."""
+        if self.series(f"lagrange/{cost}/unsafe_rate").exists:  # the limit is of that rate, not of the cost
+            return math.nan
         limits = self.series(f"lagrange/{cost}/limit")
         return float(limits.value[np.isfinite(limits.value)][-1]) if limits.exists else math.nan
 
