@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from rlhf_lab.bounds import StudentT
+from rlhf_lab.interfaces import Objective
+from rlhf_lab.objectives import Chebyshev, Preferred, WeightedSum, WorstCase
+from rlhf_lab.records import Prompt
 from tests.algorithms.ground_truth import (
     World,
     chi2_optimum,
@@ -34,7 +37,11 @@ from tests.algorithms.methods import (
     rloo,
 )
 
-WORLD = World.drawn()
+PROMPTS = [
+    Prompt.from_text("left").conditioned("", {"helpful": 2.0}),
+    Prompt.from_text("right").conditioned("", {"helpful": 1.0, "humour": 3.0}),
+]
+WORLD = World.drawn(prompts=PROMPTS)
 ONE_TOKEN = World.drawn(longest=1)
 HELPFUL, COST = WORLD.scores["helpful"], WORLD.scores["cost"]
 CLOSE = 0.02
@@ -97,6 +104,32 @@ def test_every_penalty_leads_to_the_optimum_of_its_divergence(method: Method, pe
     others = [optimum(HELPFUL, other) for other in ("k1 in reward", "chi2 in reward", "k2 in loss", "k3 in loss")]
     assert sum(distance(best, other) > 2 * CLOSE for other in others) == 3  # the four can be told apart
     policy, _ = WORLD.learn(method(kl=penalty(estimator, placement)), iterations=400)  # type: ignore[arg-type]
+    assert distance(policy, best) < CLOSE
+
+
+HUMOUR = WORLD.scores["humour"]
+OBJECTIVES: dict[str, tuple[Objective, Tensor]] = {
+    "weighted sum": (
+        WeightedSum({"helpful": 0.3, "humour": 0.7, "cost": -0.5}),
+        0.3 * HELPFUL + 0.7 * HUMOUR - 0.5 * COST,
+    ),
+    "worst case": (WorstCase({"helpful": 1.0, "humour": 2.0}), torch.minimum(HELPFUL, 2 * HUMOUR)),
+    "chebyshev": (
+        Chebyshev({"helpful": 2.0, "humour": 1.0}, {"helpful": 1.0, "humour": 0.5}, rho=0.1),
+        torch.minimum(2 * (HELPFUL - 1), HUMOUR - 0.5) + 0.1 * (HELPFUL + HUMOUR - 1.5),
+    ),
+    # the prompts weigh, the first helpful alone, the second both
+    "preferred": (Preferred(["helpful", "humour"]), torch.stack([HELPFUL[0], (HELPFUL[1] + 3 * HUMOUR[1]) / 4])),
+}
+
+
+@pytest.mark.slow
+@methods
+@pytest.mark.parametrize(("objective", "reward"), OBJECTIVES.values(), ids=OBJECTIVES)
+def test_every_objective_leads_to_the_optimum_of_its_reward(method: Method, objective: Objective, reward: Tensor):
+    best = optimum(reward, "k1 in reward")
+    assert distance(best, optimum(HELPFUL, "k1 in reward")) > 2 * CLOSE
+    policy, _ = WORLD.learn(method(objective=objective))
     assert distance(policy, best) < CLOSE
 
 
