@@ -291,16 +291,27 @@ def best_of_n(run: Run) -> list[Panel]:
     if not kl.exists:
         return []
     split = run.splits[0]
-    names = run.streams(f"eval/{split}/best_of_n/gain/gold/<name>/mean")
+    prefix = f"best_of_n/{split}/gain"
+    names = run.streams(f"{prefix}/gold/<name>/mean")
 
-    labels = {"proxy": "proxy, the objective", **{f"gold/{name}": f"gold {name}" for name in names}}
+    labels = {"objective": "proxy, the objective", **{f"gold/{name}": f"gold {name}" for name in names}}
 
     def gains(x: Array, metrics: Sequence[str]) -> list[Curve]:
         looks = zip(metrics, ("blue", *GOLD, *PROXY), ("s", *MARKERS), strict=False)
-        drawn = [held_out(run, split, f"best_of_n/gain/{m}", labels[m], colour, marker) for m, colour, marker in looks]
-        return [replace(curve, x=x) for curve in drawn]
+        return [
+            Curve(
+                x=x,
+                y=run.series(f"{prefix}/{metric}/mean").value,
+                ci=run.series(f"{prefix}/{metric}/ci95").value,
+                label=labels[metric],
+                colour=colour,
+                kind="held_out",
+                marker=marker,
+            )
+            for metric, colour, marker in looks
+        ]
 
-    better = ["proxy", *(f"gold/{name}" for name in names if not run.is_gold_cost(name))]
+    better = ["objective", *(f"gold/{name}" for name in names if not run.is_gold_cost(name))]
     worse = [f"gold/{name}" for name in names if run.is_gold_cost(name)]
     title, by_kl, unit = f"Best of n on {split}: gain", "KL of the best of n (nats)", "over one sample (own units)"
     return [

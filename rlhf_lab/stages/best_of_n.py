@@ -34,10 +34,10 @@ class BestOfN:
     finished, tokens, kl (k1, nats), score_<source>, members_<source>, objective, gold_<name>; and `data/best.parquet`,
     the response to each prompt with the highest objective, which `algorithm=sft` reads: rejection-sampled SFT.
 
-    Metrics, one row per n with n as its step: `best_of_n/kl`, and `eval/<split>/best_of_n/…` with proxy (the
-    objective), rewards/<source> and gold/<name>, each `mean` and `ci95`, the half width of its Student-t interval over
-    prompts; and `gain/…` of the same, the difference from n = 1 prompt by prompt. The last metrics hold them all, as
-    `best_of_n/<n>/…`.
+    Metrics, one row per n with n as its step: `best_of_n/kl`; `eval/<split>/…` with objective, rewards/<source> and
+    gold/<name>, each `mean` and `ci95`, the half width of its Student-t interval over prompts; and
+    `best_of_n/<split>/gain/…` of the same, the difference from n = 1 prompt by prompt. The last metrics hold them all,
+    as `best_of_n/<n>/…`, beside those of n = N.
 
     Args:
         rewards: name -> source; null leaves one out.
@@ -147,8 +147,8 @@ class BestOfN:
         final: Metrics = {}
         for n, metrics in curves.items():
             run.log(n, metrics)
-            final |= {name.replace("best_of_n/", f"best_of_n/{n}/"): value for name, value in metrics.items()}
-        return final
+            final |= {f"best_of_n/{n}/{name.split('/', 1)[1]}": value for name, value in metrics.items()}
+        return run.last | final
 
     def _sample(
         self,
@@ -189,7 +189,7 @@ class BestOfN:
 
     def _measured(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """(P, N) of everything that has a curve, under its metric's name."""
-        names = {"proxy": "objective"}
+        names = {"objective": "objective"}
         names |= {f"rewards/{name}": f"score_{name}" for name in self.rewards}
         names |= {f"gold/{name}": f"gold_{name}" for name in self.dataset.gold}
         return {
@@ -218,8 +218,9 @@ class BestOfN:
     def _curve(split: str, measured: Mapping[str, Tensor], n: int) -> Metrics:
         metrics: Metrics = {}
         for name, values in measured.items():
-            per_prompt = expected_best(measured["proxy"], values, n)
-            for key, each in ((name, per_prompt), (f"gain/{name}", per_prompt - values.mean(1))):
-                metrics[f"eval/{split}/best_of_n/{key}/mean"] = each.mean().item()
-                metrics[f"eval/{split}/best_of_n/{key}/ci95"] = half_width(each)
+            per_prompt = expected_best(measured["objective"], values, n)
+            gain = per_prompt - values.mean(1)
+            for key, each in ((f"eval/{split}/{name}", per_prompt), (f"best_of_n/{split}/gain/{name}", gain)):
+                metrics[f"{key}/mean"] = each.mean().item()
+                metrics[f"{key}/ci95"] = half_width(each)
         return metrics

@@ -80,7 +80,7 @@ def by_prompt(directory, split):
 @pytest.mark.parametrize("weight", [1.0, -1.0])
 def test_every_curve_is_the_mean_over_all_subsets_of_the_table(best_of_n, weight):
     directory, metrics = best_of_n(Vowels(), weight=weight)
-    columns = {"proxy": "objective", "rewards/vowels": "score_vowels", "gold/helpfulness": "gold_helpfulness"}
+    columns = {"objective": "objective", "rewards/vowels": "score_vowels", "gold/helpfulness": "gold_helpfulness"}
     for split in ("test", "ood_items"):
         prompts = by_prompt(directory, split)
         assert [len(rows) for rows in prompts] == [N] * 4
@@ -91,10 +91,9 @@ def test_every_curve_is_the_mean_over_all_subsets_of_the_table(best_of_n, weight
                     for rows in prompts
                     for drawn in combinations(rows, n)
                 )
-                key = f"eval/{split}/best_of_n/{n}/{name}/mean"
-                assert metrics[key] == pytest.approx(expected, abs=1e-6)
-                gain = metrics[key] - metrics[f"eval/{split}/best_of_n/1/{name}/mean"]
-                assert metrics[f"eval/{split}/best_of_n/{n}/gain/{name}/mean"] == pytest.approx(gain, abs=1e-9)
+                assert metrics[f"best_of_n/{n}/{split}/{name}/mean"] == pytest.approx(expected, abs=1e-6)
+                gain = metrics[f"best_of_n/{n}/{split}/{name}/mean"] - metrics[f"best_of_n/1/{split}/{name}/mean"]
+                assert metrics[f"best_of_n/{n}/{split}/gain/{name}/mean"] == pytest.approx(gain, abs=1e-9)
     assert metrics["best_of_n/2/kl"] == pytest.approx(0.193147, abs=1e-6)
 
 
@@ -120,7 +119,7 @@ def test_the_best_is_the_response_with_the_highest_objective(best_of_n):
             assert chosen["objective"] == max(row["objective"] for row in rows)
             assert chosen["response"] == rows[chosen["sample"]]["response"]
         gold = fmean(best[split, rows[0]["id"]]["gold_helpfulness"] for rows in prompts)
-        assert metrics[f"eval/{split}/best_of_n/{N}/gold/helpfulness/mean"] == pytest.approx(gold, abs=1e-6)
+        assert metrics[f"eval/{split}/gold/helpfulness/mean"] == pytest.approx(gold, abs=1e-6)
 
 
 def test_what_was_sampled_before_a_kill_is_not_sampled_again(best_of_n):
@@ -144,7 +143,7 @@ def test_samples_beyond_one_block_are_new_ones(best_of_n, monkeypatch):
 def test_a_training_split_may_be_sampled(best_of_n):
     directory, metrics = best_of_n(Vowels(), eval_splits=["train"])
     assert {row["split"] for row in read_table(directory / "data/best.parquet")} == {"train"}
-    assert "eval/train/best_of_n/1/proxy/mean" in metrics
+    assert "best_of_n/1/train/objective/mean" in metrics
 
 
 def test_refusals(best_of_n):
