@@ -1,5 +1,6 @@
 """Weights on disk -> modules in memory, and back; always safetensors, never code that came with the weights."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import logging as transformers_logging
 
 from rlhf_lab.engine.tiny import TINY, tiny_policy, tiny_tokenizer
-from rlhf_lab.types import GAUSSIAN, Count
+from rlhf_lab.types import GAUSSIAN, Count, Fraction
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +33,8 @@ class ModelPaths:
     """Which weights a run reads: hub ids, local folders, or `embedded:tiny` for the model that comes with the project.
 
     `learning_rates` belong to the model, since they depend on its size: module -> rate. `new_tokens` are words that it
-    gets beside its own, such as the names of conditions; they are saved with it.
+    gets beside its own, such as the names of conditions; they are saved with it. `frozen_layers` is the share of the
+    layers that do not learn, in policies, critics and scorers: the first ones, and with them the embeddings.
     """
 
     base: str  # before any fine-tuning
@@ -41,6 +43,7 @@ class ModelPaths:
     critic: str  # trunk of the value heads
     learning_rates: Mapping[str, float]
     new_tokens: Sequence[str] = ()
+    frozen_layers: Fraction = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +243,27 @@ def load_scorer(path: str, *, device: torch.device, dtype: str) -> tuple["PreTra
         )
     calibration = Calibration(**getattr(model.config, CALIBRATION, {}))
     return model.to(device).eval().requires_grad_(False), calibration
+
+
+def freeze(trunk: "PreTrainedModel", share: float) -> None:
+    """Leave the embeddings and the first floor(share * L) of L layers as they are, if the share is above 0.
+
+    A language-model head that is tied to the embeddings does not learn either.
+
+    Raises:
+        ValueError: the layers of this architecture are not found.
+    """
+    if not share:
+        return
+    inner, count = trunk.base_model, trunk.config.get_text_config().num_hidden_layers
+    stacks = [part for part in inner.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
+    if not stacks:
+        raise ValueError(
+            f"model.frozen_layers={share}, but no list of {count} layers is found in {type(trunk).__name__}; set it to 0"
+        )
+    embeddings = [part for part in inner.modules() if isinstance(part, nn.Embedding)]
+    for part in (*embeddings, *stacks[0][: math.floor(share * count)]):
+        part.requires_grad_(False)
 
 
 class Critics(nn.Module):

@@ -22,6 +22,7 @@ from rlhf_lab.engine.models import (
     Hardware,
     ModelPaths,
     check_path,
+    freeze,
     load_frozen,
     load_policy,
     load_tokenizer,
@@ -176,6 +177,7 @@ class TrainOffline:
             seed=derive(run.seed, "initial weights"),
             new_tokens=new_token_ids(template.tokenizer, self.model.new_tokens),
         )
+        freeze(model, self.model.frozen_layers)
         if self.pack_tokens:
             check_packing(model, text_batch(template, records[:PACKED_TO_CHECK]).to(device).sequences)
         steps_per_epoch = -(-len(records) // self.batch_size)

@@ -23,6 +23,7 @@ from rlhf_lab.engine.models import (
     Hardware,
     ModelPaths,
     check_path,
+    freeze,
     load_critics,
     load_frozen,
     load_policy,
@@ -280,6 +281,8 @@ class TrainOnline:
         policy = load_policy(self.model.policy, dtype=LEARNT, **options)
         names = tuple(self.algorithm.critics)
         critics = load_critics(self.model.critic, names, dtype=LEARNT, **options) if names else None
+        for trunk in (policy, *([] if critics is None else [critics.trunk])):
+            freeze(trunk, self.model.frozen_layers)
         modules = {"policy": policy} if critics is None else {"policy": policy, "critic": critics}
         settings = self.learner.keywords
         updates = self.steps * settings["epochs"] * minibatch_count(self.batch_size, settings["minibatch_size"])

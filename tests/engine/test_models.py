@@ -1,6 +1,7 @@
 """Folders that plain transformers can read, calibrations that come back, and refusals that say what is missing."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,13 @@ from torch.testing import assert_close
 
 from rlhf_lab.engine.checkpoint import load_tree, save_tree
 from rlhf_lab.engine.forward import critic_values, policy_forward, raw_outputs, raw_scores
+from rlhf_lab.engine.learner import Learner, Part
 from rlhf_lab.engine.models import (
     Calibration,
     Critics,
     Hardware,
     check_path,
+    freeze,
     load_critics,
     load_policy,
     load_scorer,
@@ -27,7 +30,7 @@ from rlhf_lab.engine.models import (
     restore_parameters,
     save_model,
 )
-from rlhf_lab.types import Sequences
+from rlhf_lab.types import Sequences, Term, TextBatch
 
 CPU = torch.device("cpu")
 Folder = Callable[..., str]
@@ -360,3 +363,51 @@ def test_rows_to_spare_are_used_before_new_ones_are_made(hf_folder: Folder, tmp_
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         assert len(weight(layer)) == len(tokenizer) + 8
         assert_close(weight(layer)[ids["<kind>"]], weight(layer)[: len(tokenizer)].mean(0))
+
+
+@pytest.mark.parametrize(("share", "frozen"), [(0.0, 0), (0.49, 0), (0.5, 1), (0.99, 1), (1.0, 2)])
+def test_the_first_layers_and_the_embeddings_do_not_learn_and_the_others_do(
+    architecture: str, share: float, frozen: int, hf_folder: Folder, ragged: Ragged
+):
+    model = new_scorer(hf_folder(architecture), device=CPU, dtype="float32", seed=0)
+    freeze(model, share)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    sequences, _, _ = ragged(model.config.vocab_size, 4)
+    learner = Learner(
+        modules={"scorer": model},
+        total_updates=1,
+        lr={"scorer": 0.01},
+        epochs=1,
+        minibatch_size=0,
+        tokens_at_once=1000,
+        schedule="constant",
+        warmup=0,
+        weight_decay=0.1,  # moves whatever the optimiser has, with a gradient or without
+        betas=(0.9, 0.95),
+        max_grad_norm=1.0,
+    )
+    batch = TextBatch(sequences=sequences)
+    part = Part(batch, lambda rows: raw_scores(model, rows.sequences), lambda new, _: [Term("score", new, "row")])
+    learner.update([part], seed=0)
+
+    def is_frozen(name: str) -> bool:
+        layer = re.search(r"\.(?:layers|h)\.(\d+)\.", name)
+        embeds = re.search(r"\.(embed_tokens|embed_in|wte|wpe|embed_positions)\.", name)
+        return share > 0 and (bool(embeds) or (layer is not None and int(layer[1]) < frozen))
+
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {name for name in before if not is_frozen(name)}
+    assert any(map(is_frozen, before)) is (share > 0)
+    learning = sum(parameter.numel() for name, parameter in before.items() if not is_frozen(name))
+    assert sum(p.numel() for group in learner.optimiser.param_groups for p in group["params"]) == learning
+
+
+def test_the_trunk_of_critics_is_frozen_like_a_policy(hf_folder: Folder):
+    critics = load_critics(hf_folder("llama"), ("reward",), device=CPU, dtype="float32", seed=0)
+    freeze(critics.trunk, 0.5)
+    frozen = {name for name, parameter in critics.named_parameters() if not parameter.requires_grad}
+    policy = policy_of(hf_folder("llama"))
+    freeze(policy, 0.5)
+    alike = {name for name, parameter in policy.named_parameters() if not parameter.requires_grad}
+    assert {name.removeprefix("trunk.") for name in frozen} == {name.removeprefix("model.") for name in alike}
+    assert not any(name.startswith("heads") for name in frozen)
