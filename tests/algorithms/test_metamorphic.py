@@ -5,12 +5,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import scipy
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
 from rlhf_lab.algorithms.reinforce import RunningMean
-from rlhf_lab.bounds import Bootstrap, StudentT
+from rlhf_lab.bounds import StudentT
+from rlhf_lab.constraints import FixedPrice
 from rlhf_lab.interfaces import Bound
 from rlhf_lab.objectives import Chebyshev, Preferred, WeightedSum, WorstCase
 from rlhf_lab.records import Prompt
@@ -227,10 +229,15 @@ def test_a_confidence_bound_of_no_width_is_the_mean(method: Method, bound: Bound
 
 
 @pytest.mark.parametrize("method", [ppo_lag, reinforce, rloo, grpo])
-def test_every_bound_is_priced_by_what_it_says_a_cost_is_worth(method: Method):
-    bootstrap = Bootstrap(delta=0.1, resamples=200, seed=0, guard=False)
-    wide, plain = (method({"cost": constraint(-0.2, ascent(), bound)}) for bound in (bootstrap, None))
-    assert not torch.allclose(prepared(wide), prepared(plain))
+def test_a_confidence_bound_prices_each_cost_by_its_influence_on_the_bound(method: Method):
+    scored = sampled()
+    cost = scored.columns["cost"]
+    kappa = 4 * float(scipy.stats.t.ppf(0.9, len(cost) - 1)) / len(cost) ** 0.5
+    influence = cost + kappa * (cost**2 - 2 * cost * cost.mean()) / (2 * cost.std())
+    wide = StudentT(delta=0.1, train_inflation=4.0, test_inflation=0.0, test_size=None, guard=False)
+    found = prepared(method({"cost": constraint(0.0, FixedPrice(1.0), wide)}), scored)
+    assert_close(found, prepared(method({"cost": at_price(1.0)}), sampled({"cost": influence})))
+    assert not torch.allclose(found, prepared(method({"cost": at_price(1.0)}), scored))
 
 
 def widened(batch: Any, columns: int) -> Any:
