@@ -35,16 +35,14 @@ class WeightedSum:
 class WorstCase:
     """reward = min over k of w_k r_k: nothing is gained by what is already good.
 
-    It is the minimum of each response, which is at most the minimum of the expectations; a policy that serves one
-    stream with some responses and another with others gains by the latter and not by this.
+    The minimum of each response, which is at most the minimum of the expectations (MaxMin-RLHF, Chakraborty et al.
+    2024, arXiv:2402.08925): serving one stream by some responses and another by others gains there, not here.
 
     Args:
         weights: stream -> positive scale on which the streams are compared, reward units per unit of the stream.
 
     Raises:
         ValueError: there is no weight, one is not positive, or a score that it weighs is not there.
-
-    Source: the minimum of expectations is MaxMin-RLHF, Chakraborty et al. 2024, arXiv:2402.08925.
     """
 
     def __init__(self, weights: Mapping[str, Positive]) -> None:
@@ -68,10 +66,7 @@ class Chebyshev:
         reference: stream -> z_k, its mark, in its own units.
         rho: small; 0 leaves the sum out.
 
-    Raises:
-        ValueError: weights and reference speak of different streams, or as `WorstCase`.
-
-    Source: Steuer and Choo 1983, Mathematical Programming 26:326, eq. 4.
+    Source: Steuer and Choo 1983, Mathematical Programming 26:326.
     """
 
     def __init__(self, weights: Mapping[str, Positive], reference: Mapping[str, float], rho: NonNegative) -> None:
@@ -93,12 +88,9 @@ class Preferred:
     """reward_i = sum over k of w_ik r_k / sum over k of w_ik, with the weights that prompt i carries.
 
     Args:
-        streams: those that a prompt may weigh.
+        streams: those that a prompt may weigh; one that weighs nothing, or something else, is an error.
 
-    Raises:
-        ValueError: a prompt weighs nothing, or something else; a score is not there.
-
-    Source: P-MORL, Jang et al. 2023, arXiv:2310.11564, section 3.2: the mean over the preferences that are active.
+    Source: P-MORL, Jang et al. 2023, arXiv:2310.11564: the mean over the preferences that are active.
     """
 
     def __init__(self, streams: Sequence[str]) -> None:
@@ -120,7 +112,7 @@ class Preferred:
 
 
 def _read(streams: Sequence[str], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The scores of these streams."""
+    """stream -> its (B,) scores."""
     if missing := [stream for stream in streams if stream not in scores]:
         raise ValueError(
             f"objective weighs {missing}, but the rollout was scored by {sorted(scores)}; "

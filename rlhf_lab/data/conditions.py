@@ -43,7 +43,7 @@ class Preferences:
     Raises:
         ValueError: the parts speak of different tastes, or a weight is not positive.
 
-    Source: P-MORL, Jang et al. 2023, arXiv:2310.11564, section 3: a preference is a combination of declared tastes.
+    Source: P-MORL, Jang et al. 2023, arXiv:2310.11564: a preference is a combination of declared tastes.
     """
 
     new_tokens: tuple[str, ...] = ()  # which of its wordings are new, only the model's settings know
