@@ -103,7 +103,7 @@ def test_a_model_that_lets_rows_see_each_other_is_refused(hf_folder, ragged, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(model, "forward", deaf)
-        with pytest.raises(ValueError, match=r"LlamaForCausalLM does not keep packed rows apart: .* pack_tokens=0"):
+        with pytest.raises(ValueError, match=r"LlamaForCausalLM does not keep packed rows apart: .*pack_tokens=0"):
             check_packing(model, sequences)
     monkeypatch.setattr(model.config, "_attn_implementation_internal", "flash_attention_2")
     with pytest.raises(ValueError, match=r"needs eager or sdpa attention, the model uses flash_attention_2"):
