@@ -21,6 +21,7 @@ from rlhf_lab.report.plots import (
     overview,
     rewards,
     soups,
+    trade_offs,
     violations,
 )
 from rlhf_lab.report.run import Run
@@ -100,6 +101,13 @@ FIGURES: tuple[FigureSpec, ...] = (
         caption="Each marker is a policy mixed by weights; the dashed line is what taking some responses from each "
         "single policy would give.",
         panels=soups,
+    ),
+    FigureSpec(
+        name="trade_offs",
+        title="Preferences told as rewards",
+        caption="Each marker is one preference on the held-out prompts, in standard deviations of the data. On the "
+        "dashed line a policy obtains what it is asked for.",
+        panels=trade_offs,
     ),
     FigureSpec(
         name="ensemble",

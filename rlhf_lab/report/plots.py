@@ -349,6 +349,39 @@ def soups(run: Run) -> list[Panel]:
     return panels
 
 
+def trade_offs(run: Run) -> list[Panel]:
+    """What each preference asked for and obtained, reward by reward, and the front that this makes of every pair.
+
+    Of the first split; after the offline part, and after the last iteration if there was one.
+    """
+    rows = [row for row in run.trade_offs if row["split"] == run.trade_offs[0]["split"]]
+    if not rows:
+        return []
+    names = [key.removeprefix("desired_") for key in rows[0] if key.startswith("desired_")]
+    phases = {phase: [row for row in rows if row["phase"] == phase] for phase in (0, max(row["phase"] for row in rows))}
+    labels = {phase: f"after iteration {phase}" if phase else "after the offline part" for phase in phases}
+    looks = {phase: (ANY[k], MARKERS[k]) for k, phase in enumerate(phases)}
+
+    def curve(phase: int, x: str, y: str) -> Curve:
+        # a path where preferences lie on a line; of three rewards or more they do not
+        kind = "held_out" if len(names) == 2 else "points"
+        colour, marker = looks[phase]
+        points = [np.array([row[key] for row in phases[phase]]) for key in (x, y)]
+        return Curve(x=points[0], y=points[1], label=labels[phase], colour=colour, kind=kind, marker=marker)
+
+    panels = []
+    for name in names:
+        ends = np.array([f(row[f"desired_{name}"] for row in rows) for f in (min, max)])
+        curves = [curve(phase, f"desired_{name}", f"obtained_{name}") for phase in phases]
+        curves.append(Curve(x=ends, y=ends, label="as asked", colour="muted", kind="limit"))
+        title = f"{name.capitalize()}: asked and obtained"
+        panels += panel(run, title, "obtained (sd)", curves, x_label="asked for (sd)")
+    for first, second in combinations(names, 2):
+        curves = [curve(phase, f"obtained_{first}", f"obtained_{second}") for phase in phases]
+        panels += panel(run, "Front", f"{second} (sd)", curves, x_label=f"{first} (sd)")
+    return panels
+
+
 def by_split(run: Run) -> list[Panel]:
     """Every held-out score with one line per split; never their average."""
     scores = [f"gold/{name}" for name in run.gold_of_any_sign]

@@ -13,6 +13,8 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from rlhf_lab.data.tables import read_table
+
 UNKNOWN: dict[str, Any] = {
     "state": "unknown",
     "stage": "",
@@ -89,6 +91,7 @@ class Run:
         metrics: iteration -> metric -> value; a value that is not a number is left out, null is NaN.
         samples: iteration -> responses; only of the first and the last evaluation.
         warnings: in the order in which they were given.
+        trade_offs: rows of preference_grid.parquet: what each preference asked for and obtained; none for most runs.
     """
 
     name: str
@@ -99,6 +102,7 @@ class Run:
     metrics: Mapping[int, Mapping[str, float]]
     samples: Mapping[int, tuple[Sample, ...]]
     warnings: tuple[Notice, ...]
+    trade_offs: Sequence[Mapping[str, Any]] = ()
 
     @property
     def state(self) -> str:
@@ -210,6 +214,7 @@ def read_run(run_dir: Path) -> Run:
             Notice(step=line.get("step"), message=str(line.get("message", "")))
             for line in read_lines(run_dir / "warnings.jsonl")
         ),
+        trade_offs=read_table(grid) if (grid := run_dir / "data/preference_grid.parquet").is_file() else (),
     )
 
 

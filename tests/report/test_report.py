@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlhf_lab.data.tables import write_table
 from rlhf_lab.report.canvas import in_words, rolling_mean
 from rlhf_lab.report.figures import FIGURES, OVERVIEW
 from rlhf_lab.report.page import build_report
-from rlhf_lab.report.plots import best_of_n, by_split, multipliers, overoptimisation, soups
+from rlhf_lab.report.plots import best_of_n, by_split, multipliers, overoptimisation, soups, trade_offs
 from rlhf_lab.report.run import read_run
 from rlhf_lab.report.summary import comparisons, duration, number, timings
 
@@ -480,3 +481,24 @@ def test_soups_are_drawn_as_a_path_between_the_single_policies(tmp_path: Path):
     assert sorted(zip(mixed.x, mixed.y, strict=True)) == [(1.2, 0.9), (2.2, 0.1)]
     assert list(zip(written.x, written.y, strict=True)) == [(1.7, 0.8)]
     assert soups(read_run(make_run(tmp_path / "other", num_steps=4))) == []
+
+
+def test_trade_offs_are_drawn_as_asked_against_obtained_and_as_fronts(tmp_path: Path):
+    run = make_run(tmp_path / "run", num_steps=4)
+    assert trade_offs(read_run(run)) == []
+    rows = [
+        {"split": split, "phase": phase}
+        | {f"desired_{name}": w + k for k, name in enumerate(("kind", "brief"))}
+        | {f"obtained_{name}": phase + w * k for k, name in enumerate(("kind", "brief"))}
+        for split in ("test", "other")
+        for phase in (0, 1, 2)
+        for w in (0.0, 0.5, 1.0)
+    ]
+    (run / "data").mkdir()
+    write_table(rows, run / "data/preference_grid.parquet")
+    kind, brief, front = trade_offs(read_run(run))
+    assert [curve.label for curve in brief.curves] == ["after the offline part", "after iteration 2", "as asked"]
+    assert brief.curves[1].x.tolist() == [1.0, 1.5, 2.0]
+    assert brief.curves[1].y.tolist() == [2.0, 2.5, 3.0]
+    assert kind.curves[0].y.tolist() == [0.0, 0.0, 0.0]
+    assert (front.curves[1].x.tolist(), front.curves[1].y.tolist()) == ([2.0, 2.0, 2.0], [2.0, 2.5, 3.0])
