@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_lab.data import tiny_help
-from rlhf_lab.data.tables import BadRows, RowFilter, Rows, check_table, hold_out, need, prompt_of, read_splits
+from rlhf_lab.data.tables import BadRows, RowFilter, Rows, apart, check_table, hold_out, need, prompt_of, read_splits
 from rlhf_lab.data.templates import Style, Template
 from rlhf_lab.records import Demonstration, PreferencePair, Prompt, Quadruple, Ranking, SafetyPair
 from rlhf_lab.seeds import derive
@@ -44,7 +44,8 @@ class Dataset:
         path: a jsonl, json, csv, parquet or arrow file; a folder of such files named by split; a hub id; or the
             embedded world, `embedded:tiny_help`, which draws fresh records from a seed.
         revision: of a hub data set.
-        columns: name here -> name in the data, null where they agree. Names here: prompt, response (demonstrations);
+        columns: name here -> name in the data, null where they agree. Names here: prompt, response, or instead of both
+            messages, a conversation that ends with the response (demonstrations);
             chosen, rejected, or response_0, response_1, better (preferences); margin, or of the two sides
             score_chosen, score_rejected or score_0, score_1, whose difference is the margin; response_0, response_1,
             safer, safe_0, safe_1 (safety); responses, a list, best first, or in the order that a list of numbers,
@@ -385,7 +386,7 @@ class Dataset:
 
     def _tables(self) -> dict[str, Rows]:
         if self._splits is None:
-            tables = read_splits(self.path, self.revision)
+            tables = {split: self._apart(rows, split) for split, rows in read_splits(self.path, self.revision).items()}
             wanted = ("test",) if self.eval_splits is None else self.eval_splits
             if len(tables) == 1 and self.hold_out_share and wanted and wanted[0] not in tables:
                 [(only, rows)] = tables.items()
@@ -398,6 +399,19 @@ class Dataset:
                     )
             self._splits = tables
         return self._splits
+
+    def _apart(self, rows: Rows, split: str) -> Rows:
+        """The rows, with prompt and response in columns of their own where a table has conversations instead."""
+        messages, prompt, response = (self._column(name) for name in ("messages", "prompt", "response"))
+        if not rows or messages not in rows[0] or prompt in rows[0]:
+            return rows
+        told: Rows = []
+        for i, row in enumerate(rows):
+            try:
+                told.append(apart(row, messages, prompt, response))
+            except ValueError as error:
+                raise ValueError(f"{self._name(split)}, row {i}: {error}") from error
+        return told
 
     def _rows(self, split: str, wanted: Sequence[str], purpose: str) -> Rows:
         if self.is_world:

@@ -204,6 +204,22 @@ def prompt_of(value: Any) -> Prompt:
     return Prompt.from_messages(turns)
 
 
+def apart(row: Mapping[str, Any], messages: str, prompt: str, response: str) -> dict[str, Any]:
+    """A row whose conversation ends with the response, in the column `messages`, with both in columns of their own.
+
+    Raises:
+        ValueError: the assistant does not have the last word.
+    """
+    turns = row[messages]
+    if not isinstance(turns, list | tuple) or len(turns) < 2:
+        raise ValueError(f"{messages} is {turns!r}; expected a list of turns, the assistant's last")
+    *before, last = turns
+    spoken = isinstance(last, str) and len(turns) % 2 == 0  # texts alternate, and the user begins
+    if not spoken and not (isinstance(last, Mapping) and last.get("role") == "assistant"):
+        raise ValueError(f"{messages} ends with {last!r}; the assistant speaks last in what is to be imitated")
+    return {**row, prompt: before, response: last if isinstance(last, str) else last["content"]}
+
+
 class RowFilter:
     """Finds bad rows and either refuses the data set or drops them and says how many, by reason."""
 

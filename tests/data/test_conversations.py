@@ -1,10 +1,13 @@
 """Demonstrations of several turns: what the assistant said is learnt, what others said is only read."""
 
+import json
+
 import pytest
 import torch
 import transformers
 from torch.testing import assert_close
 
+from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.templates import Style, Template
 from rlhf_lab.data.tokenise import text_batch
 from rlhf_lab.engine.forward import policy_forward
@@ -76,3 +79,32 @@ def test_a_template_that_hides_earlier_turns_is_refused(hf_folder):
     template = Template(tokenizer, "chat")
     with pytest.raises(ValueError, match=r"writes turn 1 of a conversation otherwise .* stage\.turns=last"):
         text_batch(template, records(every_turn=True))
+
+
+def table(path, **changes) -> Dataset:
+    settings = {
+        "path": str(path), "revision": None, "columns": {}, "template": "auto", "max_prompt_tokens": 200,
+        "max_response_tokens": 64, "bad_rows": "error", "on_conflict": "keep", "train_size": None,
+        "train_split": "train", "eval_splits": [], "eval_size": 8, "hold_out": 0.0, "seed": 0,
+    }  # fmt: skip
+    return Dataset(**settings | changes)
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["roles", "texts"])
+def test_a_table_may_hold_whole_conversations(tmp_path, plain, hf_folder):
+    template = Template(load_tokenizer(hf_folder("qwen2")), "chat")
+    turns = [*TALK, {"role": "assistant", "content": "bake it"}]
+    talk = [turn["content"] for turn in turns] if plain else turns
+    file = tmp_path / "talks.jsonl"
+    file.write_text(json.dumps({"talk": talk}) + "\n")
+    [record] = table(file, columns={"messages": "talk"}).demonstrations("train", template)
+    assert record.prompt == Prompt.from_messages(TALK)
+    assert record.response == "bake it"
+    file.write_text(json.dumps({"messages": talk}) + "\n" + json.dumps({"messages": talk[:-1]}) + "\n")
+    with pytest.raises(
+        ValueError, match=r"talks\.jsonl \(train\), row 1: messages ends with .* the assistant speaks last"
+    ):
+        table(file).demonstrations("train", template)
+    file.write_text(json.dumps({"messages": "hello"}) + "\n")
+    with pytest.raises(ValueError, match="row 0: messages is 'hello'; expected a list of turns"):
+        table(file).demonstrations("train", template)
