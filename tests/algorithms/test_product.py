@@ -21,7 +21,7 @@ from rlhf_lab.bounds import Bootstrap, ClopperPearson, EmpiricalBernstein, Hoeff
 from rlhf_lab.constraints import PID, FixedPrice, Lagrangian, LogAscent
 from rlhf_lab.data.tokenise import join, pad
 from rlhf_lab.functional import aggregate
-from rlhf_lab.interfaces import Bound, Dual, Objective, OnlineAlgorithm
+from rlhf_lab.interfaces import Bound, Dual, Objective
 from rlhf_lab.objectives import AdaptiveKL, Chebyshev, FixedKL, KLPenalty, Preferred, WeightedSum, WorstCase
 from rlhf_lab.records import Prompt
 from rlhf_lab.types import PolicyForward, Rollout, Score, ScoredRollout
@@ -66,7 +66,7 @@ DIVERGENCES: dict[str, Callable[[], KLPenalty]] = {
 }
 SEQUENCE = {"clip": 0.2, "reward_clip": 50.0, "divide_by_prices": True}
 CRITIC = {"gamma": 1.0, "lam": 0.95, "clip": 0.2, "value_clip": 5.0, "value_coef": 1.0, "reward_clip": 50.0}
-METHODS: dict[str, Callable[..., OnlineAlgorithm]] = {
+METHODS: dict[str, Callable[..., Any]] = {
     "ppo_lag": partial(PPOLagrangian, whiten_advantages=True, **CRITIC),
     "rloo": partial(RLOO, **SEQUENCE),
     "grpo": partial(GRPO, scale_by_sd=True, length="sequence", **SEQUENCE),
@@ -108,7 +108,7 @@ def rollout(
     )
 
 
-def learn_once(algorithm: OnlineAlgorithm, scored: ScoredRollout) -> None:
+def learn_once(algorithm: Any, scored: ScoredRollout) -> None:
     """Prepare, loss and gradient; everything must be finite and something must be learnt."""
     experience, metrics = algorithm.prepare(scored)
     assert experience.advantages.isfinite().all()
