@@ -259,7 +259,7 @@ def freeze(trunk: "PreTrainedModel", share: float) -> None:
     stacks = [part for part in inner.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
     if not stacks:
         raise ValueError(
-            f"model.frozen_layers={share}, but no list of {count} layers is found in {type(trunk).__name__}; set it to 0"
+            f"model.frozen_layers={share}, but {type(trunk).__name__} has no list of {count} layers; set it to 0"
         )
     embeddings = [part for part in inner.modules() if isinstance(part, nn.Embedding)]
     for part in (*embeddings, *stacks[0][: math.floor(share * count)]):

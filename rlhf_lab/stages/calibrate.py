@@ -60,7 +60,9 @@ class ReferenceSet:
             texts = [(record.prompt, text) for record in records for text in record.responses]
             return cls(name, [prompt for prompt, _ in texts], [text for _, text in texts], torch.zeros(0))
         rows = dataset.labelled(split, "safe" if method == "labels" else column, template)
-        return cls(name, [row[0] for row in rows], [row[1] for row in rows], torch.tensor([row[2] for row in rows]))
+        target = torch.tensor([row[2] for row in rows])
+        target = 1 - target if method == "labels" else target  # high is unsafe, as a cost is
+        return cls(name, [row[0] for row in rows], [row[1] for row in rows], target)
 
     @torch.no_grad()
     def calibrate(
@@ -78,7 +80,7 @@ class ReferenceSet:
         elif method == "gold":
             scale, shift = least_squares(raw, self.target)
         else:
-            scale, shift = logistic(raw, 1 - self.target)
+            scale, shift = logistic(raw, self.target)
         known = len(self.target) > 0
         agreement = f", correlation {torch.corrcoef(torch.stack([raw, self.target]))[0, 1]:.3f}" if known else ""
         console.say(
