@@ -193,7 +193,8 @@ class Dataset:
             better = 0 if sided else self._label(rows[i], "better", split, i)
             gaps = self._gaps(rows[i], *(("chosen", "rejected") if sided else (f"{better}", f"{1 - better}")))
             said = rows[i].get(self._column("margin"))
-            margin = gaps.pop("", 0.0) if said is None else float(said)
+            margin = gaps.pop("", 0.0)
+            margin = margin if said is None else float(said)
             records.append(PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected, margin=margin, gaps=gaps))
         return records
 
