@@ -36,13 +36,13 @@ def gaussian_scale(num_rewards: int, points: int, draws: int = 50_000, seed: int
 def targets(weights: Tensor, scale: Tensor, method: TargetMap) -> Tensor:
     """The rewards to ask for on behalf of a preference.
 
-        linf:      hi_k for the greatest weight, else lo_k + min(K w_k, 1) (hi_k - lo_k)
+        linf:      lo_k + min(K w_k, 1) (hi_k - lo_k), which is hi_k for the greatest weight
         l2:        lo_k + w_k / |w| (hi_k - lo_k)
         linear:    lo_k + w_k (hi_k - lo_k)
         quantile:  as linf, but in ranks: the score at level min(K w_k, 1)
 
     Args:
-        weights: (K,), 0 or more, summing to 1. Of several greatest weights the first counts as the greatest.
+        weights: (K,), 0 or more, summing to 1.
         scale: (Q, K).
 
     Returns:
@@ -52,8 +52,7 @@ def targets(weights: Tensor, scale: Tensor, method: TargetMap) -> Tensor:
     """
     w = weights.double()
     lo, hi = scale[0].double(), scale[-1].double()
-    level = (len(w) * w).clamp(max=1)
-    level[w.argmax()] = 1.0
+    level = (len(w) * w).clamp(max=1)  # 1 for the greatest weight, which is at least 1 / K
     if method == "quantile":
         place = level * (len(scale) - 1)
         below = place.floor().long().clamp(max=len(scale) - 2)
