@@ -24,11 +24,15 @@ BESIDE = {
     "model=qwen2_5_1_5b": SCORERS,
     "dataset=table": ["dataset.path=a/b"],
     "stage=train_offline": ["algorithm=sft"],
+    "stage=train_preferences": ["algorithm=dpo"],
     "stage=score_table": ["dataset=tiny_help_preferences"],
+    "stage=quadruples": ["dataset=tiny_help_scored"],
+    **{f"evaluation_dataset={path.stem}": ["algorithm=dpo"] for path in (ROOT / "conf/evaluation_dataset").glob("*")},
     "bound=hoeffding": ["bound.low=-10", "bound.high=10"],
     "bound=empirical_bernstein": ["bound.low=-10", "bound.high=10"],
     "bound=clopper_pearson": ["constraint.cost.limit=0.1", "constraint.cost.margin=0"],
 }
+PREFERENCE_METHODS = ("dpo", "dpo_margin", "simpo", "modpo", "dpo_pop", "dpo_pop_dual", "simpo_pop")
 
 
 def target_lines(path: Path) -> list[str]:
@@ -42,6 +46,22 @@ def test_every_option_composes_into_a_run_that_can_be_built(option, plan_of, unt
     assert type(instantiate(plan.config["stage"])).__name__ == plan.config["stage"]["_target_"].rpartition(".")[2]
     preflight(plan)
     assert not untouched.exists()
+
+
+@pytest.mark.parametrize("algorithm", PREFERENCE_METHODS)
+def test_a_method_on_preferences_is_measured_on_fresh_prompts_of_the_world_or_on_its_own_data(
+    algorithm, plan_of, untouched
+):
+    beside = [f"algorithm={algorithm}", f"runs_dir={untouched}"]
+    measured = plan_of(*beside).config["stage"]["measure"]
+    assert measured["dataset"]["path"] == "embedded:tiny_help"
+    assert measured["rewards"] == {}
+    own = plan_of(*beside, "dataset=table", "dataset.path=a/b").config["stage"]
+    assert own["measure"]["dataset"] == own["dataset"]
+    world = plan_of("algorithm=ppo", f"runs_dir={untouched}").config["stage"]["dataset"]
+    assert measured["dataset"].keys() == world.keys()
+    # the very prompts that the online methods are measured on; the world has no columns
+    assert all(measured["dataset"][key] == world[key] for key in world.keys() - {"columns"})
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -60,6 +80,7 @@ def test_package_directive_is_the_first_line_and_targets_exist(path):
         ("sft", "TrainOffline"),
         ("reward_model", "TrainOffline"),
         ("cost_model", "TrainOffline"),
+        *((name, "TrainOffline") for name in PREFERENCE_METHODS),
     ],
 )
 def test_algorithm_alone_picks_its_stage(algorithm, stage, plan_of):
