@@ -360,7 +360,8 @@ class RiC:
     def _evaluate(self, run: Run, parts: Parts, phase: int, step: int) -> Metrics:
         """Every trade-off on the held-out prompts: what was asked for and what was obtained, in a table and as metrics.
 
-        The metrics are the correlations of the two, over all responses and over the means of the trade-offs.
+        The metrics are the correlations of the two, over all responses and over the means of the trade-offs; of a
+        reward of which all trade-offs ask the same there is none.
         """
         engine = Generator(parts.policy.eval(), parts.template, self.evaluation_sampling)
         measured, samples = parts.evaluator.evaluate(engine, parts.scorer)
@@ -390,6 +391,8 @@ class RiC:
                 )
             for k, told in enumerate(self.told):
                 wanted, found = torch.cat(desired)[:, k], torch.cat(obtained)[:, k]
+                if len(wanted.unique()) == 1:  # one reward alone has nothing to be traded for
+                    continue
                 points = torch.stack([torch.stack(desired)[:, 0, k], torch.stack(means)[:, k]])
                 prefix = f"eval/{split}/ric/{told}"
                 metrics[f"{prefix}/correlation"] = torch.corrcoef(torch.stack([wanted, found]))[0, 1].item()

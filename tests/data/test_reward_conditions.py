@@ -67,7 +67,7 @@ def test_every_level_is_one_word_of_the_policy_and_known_by_it():
         told = PROMPTS[0].conditioned(TOKENS.write(names, rewards), {})
         tokens = template.prompt_tokens(told)
         assert len(tokens) == before + 2
-        assert TOKENS.read(names, template.tokenizer.decode(tokens[-4:-2])) == pytest.approx(rewards)
+        assert TOKENS.read(names, str(template.tokenizer.decode(tokens[-4:-2]))) == pytest.approx(rewards)
 
 
 @pytest.mark.parametrize(

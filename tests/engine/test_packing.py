@@ -96,7 +96,7 @@ def test_a_model_that_lets_rows_see_each_other_is_refused(hf_folder, ragged, mon
     sequences, _, _ = ragged(model.config.vocab_size, 4)
     forward = model.forward
 
-    def deaf(attention_mask=None, **inputs):
+    def deaf(attention_mask, **inputs):
         return forward(
             attention_mask=None if attention_mask.dim() == 4 else attention_mask, **inputs | {"position_ids": None}
         )
