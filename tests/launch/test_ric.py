@@ -7,11 +7,14 @@ import statistics
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.errors import HydraException
 from pyarrow import parquet
 
-from rlhf_lab.data.reward_conditions import RewardContext
+from rlhf_lab.data.reward_conditions import RewardContext, RewardNotation
 from rlhf_lab.launch.execute import RunFailed, execute, preflight
+from rlhf_lab.records import Prompt
+from rlhf_lab.stages.ric import Scored
 
 TOLD = ("helpful", "humour")
 # responses of the smoke policy rarely end, and would all be left out
@@ -41,6 +44,23 @@ def test_mistakes_are_refused_before_anything_is_loaded(typed, said, plan_of, un
     message = f"{caught.value} {caught.value.__cause__}"
     assert all(part in message for part in said), message
     assert not untouched.exists()
+
+
+def test_a_response_is_learnt_under_its_own_rewards():
+    raw = torch.tensor([[1.0, -3.0], [3.0, -2.0], [2.1, -2.6]], dtype=torch.float64)
+    prompts = [Prompt.from_text(text) for text in ("a ?", "b ?", "c ?")]
+    context = RewardContext(
+        names=TOLD,
+        notation=RewardNotation(style="numbers", step=0.5, largest=5.0),
+        mean=torch.tensor([2.0, -2.0], dtype=torch.float64),
+        sd=torch.tensor([0.5, 2.0], dtype=torch.float64),
+        scale=torch.tensor([[-1.0, -1.0], [1.0, 1.0]]),
+        method="linf",
+    )
+    lessons = Scored(prompts, ["x", "y", "z"], raw).select(torch.tensor([2, 0])).lessons(context)
+    assert [(lesson.prompt.plain, lesson.response) for lesson in lessons] == [(prompts[2], "z"), (prompts[0], "x")]
+    told = [lesson.prompt.condition for lesson in lessons]
+    assert told == ["<rm1_score> 0.0 <rm2_score> -0.5", "<rm1_score> -2.0 <rm2_score> -0.5"]
 
 
 def metrics(run: Path) -> list[dict]:
