@@ -49,6 +49,6 @@ class DPOPoPDual:
             Term("order", order, "row", self.constraint.multiplier),
             Term("accuracy", ((strong > 0).float() + (weak > 0).float()) / 2, "row", 0.0),
             Term("accuracy_order", (strong > weak).float(), "row", 0.0),
-            Term("rewards/strong", strong.detach(), "row", 0.0),
-            Term("rewards/weak", weak.detach(), "row", 0.0),
+            Term("implicit_reward/strong", strong.detach(), "row", 0.0),
+            Term("implicit_reward/weak", weak.detach(), "row", 0.0),
         ]

@@ -47,7 +47,7 @@ def preference_terms(
     return [
         Term("pairwise", (1 - label_smoothing) * right + label_smoothing * wrong, "row"),
         Term("accuracy", (chosen > rejected).float(), "row", 0.0),
-        Term("rewards/chosen", chosen.detach(), "row", 0.0),
-        Term("rewards/rejected", rejected.detach(), "row", 0.0),
+        Term("implicit_reward/chosen", chosen.detach(), "row", 0.0),
+        Term("implicit_reward/rejected", rejected.detach(), "row", 0.0),
         Term("margin", torch.as_tensor(margin, device=chosen.device).expand_as(chosen), "row", 0.0),
     ]

@@ -328,5 +328,5 @@ def _total(term: Term, batch: Any) -> tuple[float, float]:
 
 def _named(means: Metrics) -> Metrics:
     """Terms under their contract names: what is minimised is a loss, the rest stands by itself."""
-    plain = ("accuracy", "log_variance", "grad_norm", "lr", "margin", "rewards/")
+    plain = ("accuracy", "log_variance", "grad_norm", "lr", "margin", "implicit_reward/")
     return {name if name.startswith(plain) else f"loss/{name}": value for name, value in means.items()}

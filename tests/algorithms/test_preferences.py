@@ -82,7 +82,7 @@ def test_dpo_is_the_published_loss_of_each_row():
     assert terms["pairwise"].per == "row"
     assert terms["accuracy"].values.tolist() == [float(log_ratio_gap(new, batch, i) > 0) for i in range(B)]
     reward = 0.3 * (new.rejected.logprobs.sum(1) - batch.reference[1])
-    assert_close(terms["rewards/rejected"].values, reward.detach())
+    assert_close(terms["implicit_reward/rejected"].values, reward.detach())
     assert [name for name, term in terms.items() if term.weight] == ["pairwise"]
 
 

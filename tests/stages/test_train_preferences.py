@@ -155,10 +155,10 @@ def test_what_the_reference_says_is_kept_row_by_row(tmp_path):
 
 def test_at_its_start_a_policy_that_is_the_reference_has_no_reward_and_one_bit_of_loss(tmp_path):
     lines = carry_out(tmp_path / "run", stage(dpo(), tables(tmp_path / "data", PAIRS)))
-    assert lines[0]["rewards/chosen"] == pytest.approx(0, abs=1e-4)
+    assert lines[0]["implicit_reward/chosen"] == pytest.approx(0, abs=1e-4)
     assert lines[0]["loss/pairwise"] == pytest.approx(0.6931, abs=1e-3)
     assert lines[-1]["loss/pairwise"] < 0.6
-    assert lines[-1]["rewards/chosen"] > lines[-1]["rewards/rejected"]
+    assert lines[-1]["implicit_reward/chosen"] > lines[-1]["implicit_reward/rejected"]
     assert {"eval/test/loss/pairwise", "eval/test/accuracy"} <= lines[-1].keys()
 
 
