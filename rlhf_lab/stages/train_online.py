@@ -121,7 +121,7 @@ class TrainOnline:
     def limits(self) -> dict[str, float]:
         """cost -> above which value it counts as a violation: its constraint's limit, 0 without one."""
         constraints = getattr(self.algorithm, "constraints", {})
-        return {name: constraints[name].limit if name in constraints else 0.0 for name in self.costs}
+        return {name: constraints[name].violated_above if name in constraints else 0.0 for name in self.costs}
 
     def check(self, promised: Collection[str] = ()) -> None:
         """Refuse what cannot work, before anything is loaded; `promised` paths will be there by then."""
