@@ -146,7 +146,7 @@ def test_every_trade_off_has_a_row_and_the_correlations_are_those_of_the_samples
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "calls"),
-    [("text_batch", 2), ("text_batch", 6), ("text_batch", 10), ("write_table", 10), ("write_table", 12)],
+    [("text_batch", 4), ("text_batch", 7), ("text_batch", 10), ("write_table", 10), ("write_table", 12)],
     ids=["offline", "first iteration", "second iteration", "scoring", "generating"],
 )
 def test_a_run_that_was_stopped_continues_as_if_it_had_not_been(
