@@ -116,7 +116,7 @@ class Bound(Protocol):
         ...
 
     def surrogate(self, cost: Tensor, window: Tensor) -> Tensor:
-        """(B,) costs whose score-function gradient is that of the bound; its statistics and n are of the (n,) window."""
+        """(B,) costs whose score-function gradient is that of the bound; its statistics and n are the (n,) window's."""
         ...
 
     def describe(self, cost: Tensor, window: Tensor) -> Metrics:

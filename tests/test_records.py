@@ -1,6 +1,6 @@
-from rlhf_lab.records import Prompt
+from rlhf_lab.records import Message, Prompt
 
-TALK = (
+TALK: tuple[Message, ...] = (
     {"role": "user", "content": "how do i bake bread ?"},
     {"role": "assistant", "content": "mix the flour ."},
     {"role": "user", "content": "and then ?"},

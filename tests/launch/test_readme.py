@@ -13,6 +13,14 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 LINES = [line.split(" #")[0].strip().split("&& ")[-1] for block in BLOCKS for line in block.splitlines()]
 COMMANDS = [line for line in LINES if "launch.py" in line]
+TABLED = [
+    command
+    for line in README.splitlines()
+    if line.startswith("| ") and line.count(" | ") >= 3
+    for command in re.findall(r"`([^`]*=[^`]*)`", line.split(" | ")[3])
+]
+# what a person has to name beside them
+BESIDE = {"stage=safety_test": ["model.policy=embedded:tiny"]}
 
 
 def filled(word: str) -> str:
@@ -31,6 +39,16 @@ def test_each_command_composes(command: str, plan_of: Callable[..., Plan]):
     words = [filled(word) for word in shlex.split(command)[2:] if word != "-m"]
     plan = plan_of(*with_own_data(words))
     assert plan.config["stage"]["_target_"].startswith("rlhf_lab.stages.")
+
+
+@pytest.mark.parametrize("command", TABLED)
+def test_each_command_of_the_map_composes(command: str, plan_of: Callable[..., Plan]):
+    assert plan_of(*shlex.split(command), *BESIDE.get(command, []))
+
+
+def test_the_map_names_every_algorithm():
+    there = {path.stem for path in (ROOT / "conf/algorithm").glob("*.yaml")}
+    assert {word.removeprefix("algorithm=") for command in TABLED for word in command.split()} >= there
 
 
 def test_every_file_that_the_readme_names_is_there():

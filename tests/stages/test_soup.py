@@ -25,9 +25,9 @@ def settings(world):
     """`settings(policy)` is what both stages take."""
 
     def make(policy="embedded:tiny"):
-        paths = {"base": "embedded:tiny", "policy": policy, "reference": "embedded:tiny", "critic": ""}
+        tiny = "embedded:tiny"
         return {
-            "model": ModelPaths(**paths, learning_rates={}),
+            "model": ModelPaths(base=tiny, policy=policy, reference=tiny, critic="", learning_rates={}),
             "dataset": world(eval_splits=["test", "ood_items"], eval_size=6),
             "rewards": {},
             "evaluation_sampling": Sampling(
