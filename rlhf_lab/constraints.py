@@ -51,13 +51,13 @@ class LogAscent:
 
     def step(self, violation: float) -> None:
         low, high = self.bounds
-        ascended = self.log_multiplier + self.lr * self.multiplier * violation
-        if not ascended <= LARGEST_LOG:  # a NaN cost lands here too
+        ascended = min(self.log_multiplier + self.lr * self.multiplier * violation, high)
+        if not math.isfinite(violation) or ascended > LARGEST_LOG:
             raise FloatingPointError(
                 f"the multiplier left the range of numbers (violation {violation:.3g}); "
                 "set max_multiplier, or look at the costs"
             )
-        self.log_multiplier = min(max(ascended, low), high)
+        self.log_multiplier = max(ascended, low)
 
     def state_dict(self) -> dict[str, Any]:
         return {"log_multiplier": self.log_multiplier}

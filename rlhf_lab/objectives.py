@@ -240,7 +240,13 @@ class AdaptiveKL:
     def step(self, logprobs: Tensor, ref_logprobs: Tensor) -> None:
         kl = kl_estimate(logprobs, ref_logprobs, self.estimator).sum(1).mean().item()
         error = min(max(kl / self.target - 1, -self.clip), self.clip)
-        self.factor *= 1 + error * len(logprobs) / self.horizon
+        change = error * len(logprobs) / self.horizon
+        if change <= -1:
+            raise ValueError(
+                f"kl.controller.horizon={self.horizon} is so short that a batch of {len(logprobs)} responses would "
+                "turn the KL coefficient negative; make it longer than clip times the batch"
+            )
+        self.factor *= 1 + change
 
     def state_dict(self) -> dict[str, Any]:
         return {"factor": self.factor}

@@ -273,3 +273,13 @@ def test_a_single_cost_violates_a_limit_in_its_own_units_only():
     of_rate = Lagrangian(limit=0.3, margin=0.1, window=8, delay=0, bound=rate, dual=dual)
     assert of_mean.violated_above == 0.3
     assert of_rate.violated_above == -2.0
+
+
+def test_a_finite_cap_holds_whatever_the_violation_and_what_is_no_number_is_refused():
+    dual = LogAscent(init=0.5, lr=0.1, max_multiplier=10.0, min_multiplier=1e-3)
+    dual.step(2e4)
+    assert dual.multiplier == pytest.approx(10.0)
+    assert dual.at_cap
+    for broken in (math.nan, math.inf, -math.inf):
+        with pytest.raises(FloatingPointError, match="the multiplier left the range"):
+            dual.step(broken)

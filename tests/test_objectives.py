@@ -237,3 +237,10 @@ def test_a_prompt_that_prefers_nothing_or_something_else_is_refused(weights: dic
 def test_objectives_that_do_not_add_up_are_refused(build: Callable[[], object], message: str):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_a_horizon_that_would_turn_the_coefficient_negative_is_refused():
+    controller = AdaptiveKL(target=6.0, horizon=10, clip=0.2, estimator="k1")
+    with pytest.raises(ValueError, match=r"horizon=10 is so short that a batch of 64"):
+        controller.step(torch.zeros(64, 3), torch.zeros(64, 3))
+    assert controller.factor == 1.0

@@ -69,6 +69,8 @@ def leaves(value: Any) -> list[Any]:
         value = vars(value)
     if isinstance(value, dict):
         return [leaf for entry in value.values() for leaf in leaves(entry)]
+    if isinstance(value, tuple):
+        return [leaf for entry in value for leaf in leaves(entry)]
     return [value]
 
 

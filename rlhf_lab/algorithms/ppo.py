@@ -28,7 +28,7 @@ class PPO:
     value_clip: Positive  # in units of the return
     value_coef: NonNegative
     reward_clip: Positive  # bound on |reward of a token|, score and penalty together
-    whiten_advantages: bool
+    whiten_advantages: bool  # they then have no unit, and a penalty in the loss weighs against their spread
 
     @property
     def streams(self) -> tuple[str, ...]:

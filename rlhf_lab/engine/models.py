@@ -139,9 +139,12 @@ def load_tokenizer(path: str, new_tokens: Sequence[str] = ()) -> "PreTrainedToke
 
 
 def new_token_ids(tokenizer: "PreTrainedTokenizerBase", new_tokens: Sequence[str]) -> dict[str, int]:
-    """token -> its id in the policy's tokenizer, by which every model of a run finds its row."""
-    vocabulary = tokenizer.get_vocab()
-    return {token: vocabulary[token] for token in new_tokens}
+    """token -> its id in the policy's tokenizer, by which every model of a run finds its row.
+
+    Tokens that the policy was given in an earlier run are among them: a reference from before that lacks them too.
+    """
+    vocabulary, added = tokenizer.get_vocab(), cast(Any, tokenizer).get_added_vocab()
+    return {token: vocabulary[token] for token in dict.fromkeys([*added, *new_tokens])}
 
 
 @torch.no_grad()
@@ -167,6 +170,7 @@ def _widen(model: "PreTrainedModel", path: str, new_tokens: Mapping[str, int]) -
         return
     known = torch.tensor(sorted(own.values()))
     rows = len(cast(Tensor, model.get_input_embeddings().weight))
+    missing += range(rows, max(missing))  # no row is left as resizing finds it, which differs from time to time
     if max(missing) >= rows:  # some models have rows to spare
         model.resize_token_embeddings(max(missing) + 1, mean_resizing=False)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -262,7 +266,7 @@ def freeze(trunk: "PreTrainedModel", share: float) -> None:
             f"model.frozen_layers={share}, but {type(trunk).__name__} has no list of {count} layers; set it to 0"
         )
     embeddings = [part for part in inner.modules() if isinstance(part, nn.Embedding)]
-    for part in (*embeddings, *stacks[0][: math.floor(share * count)]):
+    for part in (*embeddings, *stacks[0][: math.floor(share * count + 1e-9)]):
         part.requires_grad_(False)
 
 

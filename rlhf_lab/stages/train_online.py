@@ -106,6 +106,7 @@ class TrainOnline:
         self.algorithm, self.model, self.dataset = algorithm, model, dataset
         self.rewards = {name: source for name, source in rewards.items() if source is not None}
         self.costs = [name for name in costs if name in self.rewards]
+        self.unknown_costs = [name for name in costs if name not in rewards]
         self.sampling, self.evaluation_sampling = sampling, evaluation_sampling
         self.learner, self.hardware, self.steps = learner, hardware, steps
         self.prompts_per_step, self.samples_per_prompt = prompts_per_step, samples_per_prompt
@@ -136,6 +137,11 @@ class TrainOnline:
                 )
         for source in self.rewards.values():
             source.check(promised)
+        if self.unknown_costs:
+            raise ValueError(
+                f"reward.costs names {self.unknown_costs}, but the reward sources are {sorted(self.rewards)}; name "
+                "those for which higher is worse"
+            )
         if missing := [name for name in self.algorithm.streams if name not in self.rewards]:
             raise ValueError(
                 f"the objective and constraints read {list(self.algorithm.streams)}, but the reward sources are "
@@ -146,10 +152,9 @@ class TrainOnline:
                 f"conditions weigh {list(self.conditions.streams)}, but the reward sources are {sorted(self.rewards)}; "
                 f"add reward.sources.{missing[0]} or change conditions"
             )
-        # an objective that weighs by the prompt refuses here a prompt that weighs nothing
-        self.algorithm.objective(
-            {name: torch.zeros(1) for name in self.rewards}, self.conditions.drawn([Prompt.from_text("a probe")], 0)
-        )
+        # an objective that weighs by the prompt refuses here a prompt that weighs nothing, or something else
+        for prompts in self.conditions.evaluated([Prompt.from_text("a probe")]).values():
+            self.algorithm.objective({name: torch.zeros(1) for name in self.rewards}, prompts)
         self.sampling.check_trainable()
         if self.samples_per_prompt < self.algorithm.least_samples:
             raise ValueError(
@@ -277,7 +282,9 @@ class TrainOnline:
             "seed": derive(run.seed, "initial weights"),
             "new_tokens": new_token_ids(template.tokenizer, new_tokens),
         }
-        prompts, held_out = self._prompts(run, template)
+        data = self.demonstrations if self.ptx_coef else None
+        demonstrations = data.demonstrations(data.train_split, template) if data else []
+        prompts, held_out = self._prompts(run, template, demonstrations)
         policy = load_policy(self.model.policy, dtype=LEARNT, **options)
         names = tuple(self.algorithm.critics)
         critics = load_critics(self.model.critic, names, dtype=LEARNT, **options) if names else None
@@ -296,13 +303,12 @@ class TrainOnline:
         )
         self._warn_of_units(run)
         gold = {name: Gold(measure) for name, measure in self.dataset.gold.items()}
-        data = self.demonstrations if self.ptx_coef else None
         return Parts(
             template=template,
             policy=policy,
             critics=critics,
             prompts=prompts,
-            demonstrations=data.demonstrations(data.train_split, template) if data else [],
+            demonstrations=demonstrations,
             engine=Generator(policy, template, self.sampling),
             scorer=scorer,
             learner=learner,
@@ -311,7 +317,18 @@ class TrainOnline:
         )
 
     def _warn_of_units(self, run: Run) -> None:
-        """Say of loaded sources whose cost is held below a limit if their 0 is not known to be the border of safety."""
+        """Say of loaded sources if their scores are put to a use that they have no units for.
+
+        A cost is held below a limit, but its 0 is not known to be the border of safety; members are compared, but each
+        is known up to a shift only.
+        """
+        for name, source in self.rewards.items():
+            if len(getattr(source, "members", ())) > 1 and getattr(source, "units", "") == "none":
+                run.warn(
+                    0,
+                    f"the members of {name!r} are raw: each may be shifted by any number, which an ensemble takes for "
+                    "disagreement; train them with stage.calibration=standardised on one data set",
+                )
         caveats = {
             "none": "raw: pairs say nothing of where 0 is, so unless its model was trained with signs too",
             "standardised": "standardised: its 0 is the mean of its reference set, so",
@@ -322,19 +339,24 @@ class TrainOnline:
                     0, f"the cost {name!r} is {caveat} a limit has no meaning; use stage.calibration=labels or gold"
                 )
 
-    def _prompts(self, run: Run, template: Template) -> tuple[Sequence[Prompt], Mapping[str, Sequence[Prompt]]]:
+    def _prompts(
+        self, run: Run, template: Template, demonstrations: Sequence[Demonstration]
+    ) -> tuple[Sequence[Prompt], Mapping[str, Sequence[Prompt]]]:
         """Training prompts, and those of each held-out split.
 
         Raises:
-            ValueError: a held-out prompt is also trained on, or the tokenizer cannot read a condition.
+            ValueError: a held-out prompt is also trained on, by itself or in a demonstration, or the tokenizer cannot
+                read a condition.
         """
         split = self.dataset.train_split
         prompts = self.dataset.prompts(split, template)
         held_out = {name: self.dataset.prompts(name, template) for name in self.dataset.splits}
-        seen = {prompt.id for prompt in prompts}
+        learnt = {split: prompts, "stage.demonstrations": [record.prompt for record in demonstrations]}
         for name, others in held_out.items():
-            if shared := sum(prompt.id in seen for prompt in others):
-                raise ValueError(f"{shared} prompts of {name} are also in {split}; hold them out")
+            for place, known in learnt.items():
+                seen = {prompt.id for prompt in known}
+                if shared := sum(prompt.id in seen for prompt in others):
+                    raise ValueError(f"{shared} prompts of {name} are also in {place}; hold them out")
         for note in self.dataset.notes:
             run.warn(0, note)
         self.conditions.check(template)

@@ -299,7 +299,8 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch):
 
 def new_tokens_of(folder: str, *tokens: str) -> tuple[transformers.PreTrainedTokenizerBase, dict[str, int]]:
     tokenizer = load_tokenizer(folder, tokens)
-    return tokenizer, new_token_ids(tokenizer, tokens)
+    ids = new_token_ids(tokenizer, tokens)
+    return tokenizer, {token: ids[token] for token in tokens}
 
 
 def test_new_tokens_change_nothing_that_was_there_and_start_at_the_mean(
@@ -333,6 +334,20 @@ def test_new_tokens_are_saved_with_the_policy_and_added_once(architecture: str, 
     loaded = load_policy(str(tmp_path / "policy"), device=CPU, dtype="float32", seed=0, new_tokens=ids)
     for name, parameter in loaded.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)), name  # what it learnt of them is not reset
+
+
+def test_a_reference_gets_the_words_of_an_earlier_run_too(architecture: str, hf_folder: Folder, tmp_path: Path):
+    base = hf_folder(architecture)
+    tokenizer, ids = new_tokens_of(base, "<kind>")
+    model = load_policy(base, device=CPU, dtype="float32", seed=0, new_tokens=ids)
+    save_model(tmp_path / "policy", model, tokenizer)
+    ids = new_token_ids(load_tokenizer(str(tmp_path / "policy"), ["<witty>"]), ["<witty>"])
+    mean = weight(policy_of(base).get_input_embeddings()).mean(0)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        reference = load_policy(base, device=CPU, dtype="float32", seed=0, new_tokens=ids)
+        for token in ("<kind>", "<witty>"):
+            assert_close(weight(reference.get_input_embeddings())[ids[token]], mean)
 
 
 def test_reference_critics_and_scorers_get_the_rows_of_the_policy(architecture: str, hf_folder: Folder):

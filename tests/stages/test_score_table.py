@@ -23,6 +23,7 @@ DATA = {
     "max_prompt_tokens": 64,
     "max_response_tokens": 64,
     "bad_rows": "drop",
+    "on_conflict": "keep",
     "train_size": None,
     "train_split": "train",
     "eval_splits": None,
