@@ -12,7 +12,9 @@ from rlhf_lab.launch.compose import ROOT
 from rlhf_lab.launch.execute import preflight
 
 FILES = sorted([*(ROOT / "conf").rglob("*.yaml"), *(ROOT / "experiments").rglob("*.yaml")])
-OPTIONS = sorted({f"{path.parent.name}={path.stem}" for path in (ROOT / "conf").glob("*/*.yaml")} - {"constraint=none"})
+# nothing to be composed, or what only the folder of a trained policy can say
+NOT_ALONE = {"constraint=none", "conditions=rewards_in_context"}
+OPTIONS = sorted({f"{path.parent.name}={path.stem}" for path in (ROOT / "conf").glob("*/*.yaml")} - NOT_ALONE)
 EXPERIMENTS = sorted(
     f"experiments={path.relative_to(ROOT / 'experiments').with_suffix('')}"
     for path in (ROOT / "experiments").rglob("*.yaml")
@@ -27,6 +29,12 @@ BESIDE = {
     "stage=train_preferences": ["algorithm=dpo"],
     "stage=score_table": ["dataset=tiny_help_preferences"],
     "stage=quadruples": ["dataset=tiny_help_scored"],
+    "stage=join": ["experiments=tiny_help/conditioned_preferences"],
+    "stage=ric": ["algorithm=ric"],
+    "conditions=tiny_help": ["algorithm=pmorl"],
+    "conditions=personalized_soups": ["stage=evaluate"],
+    "objective=preferred": ["algorithm=pmorl"],
+    **{f"objective={name}": ["reward=two"] for name in ("chebyshev", "morlhf", "worst_case")},
     **{f"evaluation_dataset={path.stem}": ["algorithm=dpo"] for path in (ROOT / "conf/evaluation_dataset").glob("*")},
     "bound=hoeffding": ["bound.low=-10", "bound.high=10"],
     "bound=empirical_bernstein": ["bound.low=-10", "bound.high=10"],
