@@ -13,9 +13,14 @@ DATASET = f"{Dataset.__module__}.{Dataset.__name__}"
 
 
 def run_of(path: str) -> Path | None:
-    """The run directory that made what lies at `path`; None for what no run made, or no longer beside its record."""
-    folder = Path(path).expanduser().absolute().parent
-    return folder if (folder / "config.yaml").is_file() and (folder / "environment.json").is_file() else None
+    """The run directory that made what lies at `path`, its output or a file in that.
+
+    None for what no run made, or no longer beside its record.
+    """
+    for folder in list(Path(path).expanduser().absolute().parents)[:2]:
+        if (folder / "config.yaml").is_file() and (folder / "environment.json").is_file():
+            return folder
+    return None
 
 
 def runs_behind(paths: Sequence[str]) -> dict[Path, dict[str, Any]]:
@@ -64,7 +69,7 @@ def prompts_of_table(path: str, column: str) -> set[str]:
         ValueError: there is no such table, or no such column in it.
     """
     ids: set[str] = set()
-    for split, rows in read_splits(path, None).items():
+    for split, rows in read_splits(path, None, [column]).items():
         need(rows, {"prompt": column}, ["prompt"], f"{path} ({split})", "stage.disjoint_from")
         ids |= {prompt_of(row[column]).id for row in rows}
     return ids

@@ -39,8 +39,15 @@ def make_run(folder: Path, output: str, **stage: Any) -> str:
 def test_a_run_is_found_from_what_it_made_and_nothing_else_is_a_run(tmp_path: Path):
     made = make_run(tmp_path / "sft", "policy", _target_=OFFLINE)
     assert run_of(made) == tmp_path / "sft"
-    for other in (str(tmp_path), "owner/name", "embedded:tiny", str(tmp_path / "sft/policy/model.safetensors")):
+    for other in (str(tmp_path), "owner/name", "embedded:tiny", str(tmp_path / "sft/policy/step_1/model.safetensors")):
         assert run_of(other) is None
+
+
+def test_a_run_is_found_from_a_file_in_what_it_made_and_the_nearest_one_counts(tmp_path: Path):
+    made = make_run(tmp_path / "best_of_n", "data", _target_=ONLINE)
+    assert run_of(f"{made}/best.parquet") == tmp_path / "best_of_n"
+    inner = make_run(tmp_path / "best_of_n/inner", "policy", _target_=OFFLINE)
+    assert run_of(inner) == tmp_path / "best_of_n/inner"
 
 
 def test_runs_are_followed_through_what_they_read(tmp_path: Path):
@@ -49,6 +56,9 @@ def test_runs_are_followed_through_what_they_read(tmp_path: Path):
     ppo = make_run(tmp_path / "ppo", "policy", _target_=ONLINE, rewards={"helpful": {"members": ["hub/x", scorer]}})
     make_run(tmp_path / "unread", "policy", _target_=ONLINE)
     assert {run.name for run in runs_behind([ppo])} == {"ppo", "scorer", "sft"}
+    best = make_run(tmp_path / "best_of_n", "data", _target_=ONLINE, model={"policy": sft})
+    rejection = make_run(tmp_path / "rejection", "policy", _target_=OFFLINE, dataset={"path": f"{best}/best.parquet"})
+    assert {run.name for run in runs_behind([rejection])} == {"rejection", "best_of_n", "sft"}
     assert runs_behind(["owner/name"]) == {}
 
 
