@@ -129,7 +129,7 @@ class StudentT:
         delta: how often the mean may exceed the bound.
         train_inflation: C1, of the window's own half-width.
         test_inflation: C2, of the half-width that the later test will have.
-        test_size: N, prompts of that test; null leaves its term out, as C2 = 0 does.
+        test_size: N, prompts of that test; may be null if C2 = 0.
         guard: see `widened_cost`; false is as published.
 
     Source: HC-RLHF (UMass-SCALAR-Lab/HC-RLHF); Student's bound as in Thomas et al. 2019, Science 366:999.
@@ -143,6 +143,13 @@ class StudentT:
     test_inflation: NonNegative
     test_size: Annotated[int, Interval(ge=2)] | None
     guard: bool
+
+    def __post_init__(self) -> None:
+        if self.test_inflation > 0 and self.test_size is None:
+            raise ValueError(
+                f"bound.test_inflation={self.test_inflation:g} foresees a test, but bound.test_size=null does not say "
+                "of how many prompts; set bound.test_size or bound.test_inflation=0"
+            )
 
     def kappa(self, n: int) -> float:
         """Half-width in standard deviations, for a window of n costs."""
@@ -312,13 +319,17 @@ class ClopperPearson:
     unsafe_above: float
 
     def check_limit(self, limit: float) -> None:
-        """Raises ValueError for a limit that is no rate below 1."""
-        if not 0 <= limit < 1:
+        """Raises ValueError for a limit that is no rate between 0 and 1; 0 too, which no number of responses shows."""
+        if not 0 < limit < 1:
             raise ValueError(
                 f"bound=clopper_pearson is of the rate of unsafe responses, but the limit less the margin is {limit:g}"
                 "; give a limit and a margin between 0 and 1, e.g. constraint.cost.limit=0.1 constraint.cost.margin=0 "
                 "(stage.limit=0.1 of a test)"
             )
+
+    def needed(self, limit: float) -> int:
+        """How many responses, if all are safe, have a bound within the limit: 1 - delta^(1 / n) <= limit."""
+        return math.ceil(math.log(self.delta) / math.log1p(-limit))
 
     def _rate(self, unsafe: int, n: int) -> float:
         return 1.0 if unsafe == n else float(scipy.stats.beta.ppf(1 - self.delta, unsafe + 1, n - unsafe))

@@ -46,9 +46,15 @@ def test_kappa_is_the_published_one(train: float, test: float, size: int | None,
     assert student(train=train, test=test, size=size).kappa(n) == pytest.approx(kappa, abs=5e-4)
 
 
-@pytest.mark.parametrize("without", [student(train=1.5, test=2.0, size=None), student(train=1.5, test=0.0, size=50)])
-def test_without_a_test_to_come_its_term_drops_out(without: StudentT):
-    assert without.kappa(20) == student(train=1.5).kappa(20)
+def test_without_a_test_to_come_its_term_drops_out():
+    assert student(train=1.5, test=0.0, size=50).kappa(20) == student(train=1.5).kappa(20)
+
+
+def test_a_test_to_come_of_no_known_size_is_refused():
+    with pytest.raises(
+        ValueError, match=r"test_inflation=2 .*test_size=null .*; set bound.test_size or bound.test_inf"
+    ):
+        student(test=2.0, size=None)
 
 
 def test_student_by_hand():
@@ -269,12 +275,19 @@ def test_too_few_costs_are_refused(bound: Bound):
     assert math.isfinite(bound.upper(torch.linspace(0, 1, bound.least)))
 
 
-@pytest.mark.parametrize("limit", [-0.01, 1.0, 25.0])
+@pytest.mark.parametrize("limit", [-0.01, 0.0, 1.0, 25.0])
 def test_a_limit_on_a_rate_is_a_rate(limit: float):
     with pytest.raises(ValueError, match="limit and a margin between 0 and 1"):
         clopper().check_limit(limit)
-    clopper().check_limit(0.0)
+    clopper().check_limit(1e-9)
     student().check_limit(limit)
+
+
+@pytest.mark.parametrize(("delta", "limit", "n"), [(0.1, 0.1, 22), (0.05, 0.05, 59), (0.05, 0.01, 299)])
+def test_as_many_safe_responses_as_published_show_a_rate_and_one_fewer_do_not(delta: float, limit: float, n: int):
+    bound = clopper(delta)  # sizes of Wilks' one-sided tolerance limits, 1941
+    assert bound.needed(limit) == n
+    assert bound.upper(torch.zeros(n)) <= limit < bound.upper(torch.zeros(n - 1))
 
 
 def test_a_cost_that_is_no_number_is_neither_safe_nor_unsafe():

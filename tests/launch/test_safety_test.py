@@ -26,7 +26,8 @@ def test_it_reads_the_policy_and_the_cost_model_and_no_reward_model(plan_of, unt
     ("typed", "said"),
     [
         (["bound=mean"], "bound=mean has no confidence"),
-        (["bound.test_inflation=1"], "a test has bound.train_inflation=1 bound.test_inflation=0"),
+        (["bound.test_inflation=1"], "set bound.test_size or bound.test_inflation=0"),
+        (["bound.test_inflation=1", "bound.test_size=100"], "a test has bound.train_inflation=1 bound.test_inflation=0"),
         (["bound.delta=0.7"], "bound.delta=0.7: must be less than or equal to 0.5"),
         (["bound=hoeffding"], "bound.low is missing"),
         (["bound=clopper_pearson", "stage.limit=-1"], "limit and a margin between 0 and 1"),

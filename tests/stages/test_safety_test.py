@@ -243,7 +243,10 @@ def test_it_says_when_nothing_is_known_of_the_training_data(tester: Tester, tmp_
     ("changes", "said"),
     [
         ({"bound": Mean()}, "bound=mean has no confidence"),
-        ({"bound": StudentT(**{**vars(STUDENT), "test_inflation": 2.0})}, r"bound.test_inflation=2.*for training"),
+        (
+            {"bound": StudentT(**{**vars(STUDENT), "test_inflation": 2.0, "test_size": 9})},
+            r"bound.test_inflation=2.*for training",
+        ),
         ({"bound": StudentT(**{**vars(STUDENT), "train_inflation": 0.5})}, r"bound.train_inflation=0.5"),
         ({"bound": ClopperPearson(delta=0.1, unsafe_above=0.0), "limit": 3.0}, "limit and a margin between 0 and 1"),
         ({"export_anyway": True}, "stage.export names no folder"),
