@@ -1,7 +1,7 @@
 """A prompt serves for one test: what is entered, found again, refused, and what repeated tests may spend."""
 
 import json
-import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,7 +10,14 @@ import pytest
 from rlhf_lab.ledger import Entry, Ledger, SpentPrompts, spent_on
 
 
-def enter(path: Path, who: str, prompts: str = "abc", spending: bool = False, delta: float = 0.1) -> Entry:
+def enter(
+    path: Path,
+    who: str,
+    prompts: str = "abc",
+    spending: bool = False,
+    delta: float = 0.1,
+    check: Callable[[float], None] = lambda spent: None,
+) -> Entry:
     """Enter the test of a run on prompts that are called by one letter each."""
     return Ledger(path / "ledger.jsonl").enter(
         run=path / who,
@@ -22,6 +29,7 @@ def enter(path: Path, who: str, prompts: str = "abc", spending: bool = False, de
         limit=0.5,
         delta=delta,
         spending=spending,
+        check=check,
     )
 
 
@@ -58,11 +66,42 @@ def test_tests_under_spending_cost_less_each_time_and_never_more_than_delta_toge
     assert sum(spent_on(k, 0.1) for k in range(1, 10_000)) < 0.1
 
 
-def test_spending_that_begins_late_says_that_more_than_delta_is_spent(tmp_path: Path):
+def test_spending_that_begins_late_is_refused_for_delta_is_spent(tmp_path: Path):
     enter(tmp_path, "first")
-    second = enter(tmp_path, "second", spending=True)
-    assert second.test == 2
-    assert second.alpha_spent == pytest.approx(0.1 + 0.1 * 6 / (4 * math.pi**2))
+    said = r"last by .*/first; these tests spent 0.1, and 0.0152 asked for test 2 .* bound.delta=0.1. Take fresh"
+    with pytest.raises(SpentPrompts, match=said):
+        enter(tmp_path, "second", spending=True)
+    assert len(Ledger(tmp_path / "ledger.jsonl").read()) == 1
+
+
+def test_a_test_on_prompts_of_several_tests_pays_for_all_of_them(tmp_path: Path):
+    for who, prompts in (("one", "ab"), ("two", "cd")):
+        assert enter(tmp_path, who, prompts, spending=True).test == 1  # 0.0608 each
+    with pytest.raises(SpentPrompts, match=r"2 of these 3 prompts .* spent 0.1216, and 0.006755 asked for test 3"):
+        enter(tmp_path, "union", "bcx", spending=True)
+    assert enter(tmp_path, "fresh", "xyz", spending=True).test == 1
+
+
+def test_parts_of_a_large_test_share_what_it_left(tmp_path: Path):
+    entries = [enter(tmp_path, prompts, prompts, spending=True) for prompts in ("abcdefgh", *"abcdefgh")]
+    assert [entry.test for entry in entries] == list(range(1, 10))
+    assert entries[-1].alpha_spent == pytest.approx(sum(entry.delta for entry in entries))
+    assert entries[-1].alpha_spent < 0.1
+
+
+def test_what_the_caller_refuses_is_not_entered(tmp_path: Path):
+    asked = []
+
+    def refuse(spent: float) -> None:
+        asked.append(spent)
+        raise ValueError("too few")
+
+    enter(tmp_path, "first", spending=True)
+    with pytest.raises(ValueError, match="too few"):
+        enter(tmp_path, "second", spending=True, check=refuse)
+    assert asked == [pytest.approx(0.0151982, abs=1e-7)]  # a quarter of the first share
+    assert len(Ledger(tmp_path / "ledger.jsonl").read()) == 1
+    enter(tmp_path, "first", spending=True, check=refuse)  # resumed: it was allowed already
 
 
 def test_tests_at_one_time_are_counted_one_after_the_other(tmp_path: Path):

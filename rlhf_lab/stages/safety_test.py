@@ -9,10 +9,12 @@ import json
 import math
 import shutil
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlhf_lab.bounds import ClopperPearson, StudentT
@@ -49,7 +51,7 @@ class SafetyTest:
         bound: with a confidence of its own; a Student bound without inflation.
         limit: in units of the bound.
         alpha_spending: let prompts be tested on again, the k-th time with a smaller delta, see `spent_on`; off, a
-            second test on any of them is refused.
+            second test on any of them is refused, and so is one that would spend more than delta in all.
         ledger: the file that knows which prompts were tested on.
         disjoint_from: tables of prompts on which the policy was trained, beside those that its run and the cost
             model's recorded. For models that no run of this project made, nothing else is known.
@@ -97,7 +99,8 @@ class SafetyTest:
         self.dataset.check(promised)
         self.cost.check(promised)
         if self.dataset.is_world:
-            self.dataset.prompt_ids(self.split)  # refuses a split or a size that the world has not
+            prompts = self.dataset.prompt_ids(self.split)  # refuses a split or a size that the world has not
+            self._check_number(len(prompts), self.delta)
         if self.export is None:
             if self.export_anyway:
                 raise ValueError("stage.export_anyway=true, but stage.export names no folder; set it, or drop both")
@@ -112,16 +115,16 @@ class SafetyTest:
         device = self.hardware.start()
         template = Template(load_tokenizer(self.model.policy), self.dataset.template_style)
         prompts = self._prompts(template)
-        behind = self._refuse_seen(prompts)
+        behind, unrecorded = self._refuse_seen(prompts)
         entry = self._enter(run, prompts)
         run.resume()  # there are no checkpoints: the same seeds draw the same responses again
         for note in self.dataset.notes:
             run.warn(0, note)
-        if not behind:
+        for path in unrecorded if not self.disjoint_from else ():
             run.warn(
                 0,
-                "nothing is recorded of what these models were trained on, so that no test prompt was among it is for "
-                "you to know; name the tables with stage.disjoint_from=[…]",
+                f"nothing is recorded of what {path} was trained on, so that no test prompt was among it is for you to "
+                "know; name the tables with stage.disjoint_from=[…]",
             )
         policy = load_frozen(self.model.policy, device=device, dtype=LEARNT, seed=derive(run.seed, "initial weights"))
         engine = Generator(policy, template, self.sampling)
@@ -154,6 +157,7 @@ class SafetyTest:
             "decoding": {key: value for key, value in asdict(self.sampling).items() if key != "batch_size"},
             "prompts": {"data": self.dataset.path, "split": self.split, "sha256": entry.prompt_set},
             "disjoint_from": behind,
+            "unrecorded": unrecorded,
             "exported_to": self.export if exported else None,
             "export_anyway": exported and not passed,
         }
@@ -187,14 +191,29 @@ class SafetyTest:
             raise ValueError(f"{dataset.path} has the splits {sorted(there)}, not {self.split!r}; change stage.split")
         return dataset.prompts(self.split, template)
 
-    def _refuse_seen(self, prompts: Sequence[Prompt]) -> list[str]:
-        """The runs and tables whose prompts the test's are disjoint from.
+    def _check_number(self, n: int, delta: float) -> None:
+        """Raises ValueError if not even n safe responses could pass, so that no prompt is spent in vain."""
+        bound = self.bound
+        if not isinstance(bound, ClopperPearson):
+            return
+        bound = replace(bound, delta=delta)
+        best = bound.upper(torch.full((n,), bound.unsafe_above, dtype=torch.float64))
+        if best > self.limit:
+            raise ValueError(
+                f"{n} prompts are too few for stage.limit={self.limit:g} at delta {delta:.4g}: the bound is {best:.3g} "
+                f"even if no response is unsafe; test on {bound.needed(self.limit)} prompts or more "
+                "(dataset.eval_size), or raise stage.limit"
+            )
+
+    def _refuse_seen(self, prompts: Sequence[Prompt]) -> tuple[list[str], list[str]]:
+        """The runs and tables whose prompts the test's are disjoint from, and the models of which no run says any.
 
         Raises:
             ValueError: they are not.
         """
         asked = {prompt.id for prompt in prompts}
-        seen = {str(run): prompts_behind(config) for run, config in self._runs.items()}
+        models = list(dict.fromkeys([self.model.policy, *self._cost_paths]))
+        seen = {str(run): prompts_behind(config) for run, config in runs_behind(models).items()}
         seen |= {
             path: prompts_of_table(path, self.dataset.columns.get("prompt", "prompt")) for path in self.disjoint_from
         }
@@ -204,17 +223,15 @@ class SafetyTest:
                 f"of {len(asked)} prompts of {self.dataset.path} ({self.split}) some were trained on: {counts}; "
                 "test on others (stage.split, dataset.path)"
             )
-        return [where for where, ids in seen.items() if ids]
-
-    @property
-    def _runs(self) -> dict[Path, dict[str, Any]]:
-        return runs_behind([self.model.policy, *self._cost_paths])
+        unrecorded = [path for path in models if not any(seen[str(run)] for run in runs_behind([path]))]
+        return [where for where, ids in seen.items() if ids], unrecorded
 
     def _enter(self, run: Run, prompts: Sequence[Prompt]) -> Entry:
         """This test's place in the ledger.
 
         Raises:
             SpentPrompts: there is none.
+            ValueError: they are too few to pass.
         """
         ids = sorted(prompt.id for prompt in prompts)
         policy, models = fingerprint(self.model.policy), [fingerprint(path) for path in self._cost_paths]
@@ -229,6 +246,7 @@ class SafetyTest:
             limit=self.limit,
             delta=self.delta,
             spending=self.alpha_spending,
+            check=partial(self._check_number, len(prompts)),
         )
 
     def _report(self, run: Run, rollout: Rollout, costs: Tensor) -> Metrics:

@@ -20,7 +20,7 @@ from rlhf_lab.engine.generate import Sampling
 from rlhf_lab.engine.models import Hardware, ModelPaths
 from rlhf_lab.functional.aggregate import mean
 from rlhf_lab.interfaces import Bound
-from rlhf_lab.ledger import SpentPrompts, spent_on
+from rlhf_lab.ledger import Ledger, SpentPrompts, spent_on
 from rlhf_lab.rewards.ensemble import Ensemble
 from rlhf_lab.run import Run
 from rlhf_lab.stages.safety_test import SafetyTest
@@ -232,11 +232,50 @@ def test_prompts_that_the_run_of_the_policy_or_of_the_cost_model_was_trained_on_
         carry_out(tester(**changes, split="train"), tmp_path / "runs/test")
     verdict = carry_out(tester(**changes), tmp_path / "runs/test")
     assert verdict["disjoint_from"] == [str(made)]
+    other = scorer_folder("llama") if role == "policy" else hf_folder("llama")
+    assert verdict["unrecorded"] == [other]
+    warned = (tmp_path / "runs/test/warnings.jsonl").read_text()
+    assert f"nothing is recorded of what {other} was trained on" in warned
+    assert f"of what {output} was" not in warned
 
 
-def test_it_says_when_nothing_is_known_of_the_training_data(tester: Tester, tmp_path: Path):
-    carry_out(tester(), tmp_path / "runs/test")
-    assert "nothing is recorded" in (tmp_path / "runs/test/warnings.jsonl").read_text()
+def test_it_says_of_each_model_that_nothing_is_known_of_its_training_data_unless_tables_are_named(
+    tester: Tester, tmp_path: Path, hf_folder: Callable[[str], str], scorer_folder: Callable[..., str]
+):
+    models = [hf_folder("llama"), scorer_folder("llama")]
+    assert carry_out(tester(), tmp_path / "runs/test")["unrecorded"] == models
+    warned = (tmp_path / "runs/test/warnings.jsonl").read_text()
+    assert all(f"nothing is recorded of what {model} was trained on" in warned for model in models)
+    named = tester(disjoint_from=[str(tmp_path / "asked/train.jsonl")], ledger=str(tmp_path / "other.jsonl"))
+    assert carry_out(named, tmp_path / "named/test")["unrecorded"] == models
+    warnings = tmp_path / "named/test/warnings.jsonl"
+    assert not warnings.exists() or "nothing is recorded" not in warnings.read_text()
+
+
+@pytest.mark.parametrize(
+    ("limit", "spending", "said"),
+    [
+        # 12 safe responses: 1 - .1^(1/12) = .175; 22 for .9^n <= .1
+        (0.1, False, r"12 prompts are too few for stage.limit=0.1 at delta 0.1: .* is 0.175 even .* on 22 prompts or"),
+        # the first share is .0608: .208 and, for .82^n <= .0608, 15
+        (0.18, True, r"12 prompts are too few for stage.limit=0.18 at delta 0.06079: .* is 0.208 .* on 15 prompts or"),
+    ],
+)
+def test_too_few_prompts_to_pass_are_refused_and_not_spent(
+    limit: float, spending: bool, said: str, tester: Tester, tmp_path: Path
+):
+    bound = ClopperPearson(delta=0.1, unsafe_above=0.0)
+    with pytest.raises(ValueError, match=said):
+        carry_out(tester(bound=bound, limit=limit, alpha_spending=spending), tmp_path / "runs/test")
+    assert Ledger(tmp_path / "runs/ledger.jsonl").read() == []
+    carry_out(tester(bound=bound, limit=0.18), tmp_path / "runs/enough")
+
+
+def test_too_few_prompts_of_the_world_are_refused_before_anything_is_loaded(tester: Tester):
+    node = yaml.safe_load((Path(__file__).parents[2] / "conf/dataset/tiny_help.yaml").read_text())
+    world = Dataset(**{**{key: value for key, value in node.items() if key != "_target_"}, "eval_size": 20, "seed": 0})
+    with pytest.raises(ValueError, match=r"20 prompts are too few .* on 22 prompts or more"):
+        tester(dataset=world, bound=ClopperPearson(delta=0.1, unsafe_above=0.0), limit=0.1).check()
 
 
 @pytest.mark.parametrize(
