@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from rlhf_lab.data.tables import read_table
 from rlhf_lab.run import is_finished
 
 GOLD = ("helpfulness", "cost", "humour")
@@ -36,7 +37,10 @@ POLICIES = {  # method -> (split, what it is meant to move)
     "simpo_pop": ("test", "helpfulness"),
     "modpo": ("test", "helpfulness, humour"),
     "rejection_sft": ("test", "helpfulness"),
+    "best_of_n": ("test", "helpfulness"),
 }
+TRADE_OFFS = ("ric", "ric_online", "soup")
+WEIGHTS = ((1.0, 0.0), (0.5, 0.5), (0.0, 1.0))  # of helpful, humour
 SCORERS = {  # method -> its held-out figures
     "reward_model": ("eval/preferences_test/accuracy",),
     "ranking_model": ("eval/preferences_test/accuracy",),
@@ -71,13 +75,41 @@ def policies(runs: Path, seeds: list[int]) -> None:
             continue
         ends = [(rows[0], rows[-1]) for rows in map(rows_of, found)]
         cells = []
-        for key in (*(f"eval/{split}/gold/{name}/mean" for name in GOLD), f"eval/{split}/kl"):
+        distance = "best_of_n/kl" if method == "best_of_n" else f"eval/{split}/kl"
+        for key in (*(f"eval/{split}/gold/{name}/mean" for name in GOLD), distance):
             after = [last[key] for _, last in ends]
             if key.endswith("kl") or any(key not in first or first is last for first, last in ends):
                 cells.append(spread(after))
             else:
                 cells.append(f"{np.mean([first[key] for first, _ in ends]):z.2f} → {spread(after)}")
         print(f"| {method} | {meant} | {' | '.join(cells)} |")
+
+
+def points(run: Path) -> dict[tuple[float, ...], tuple[float, float]]:
+    """weights -> gold helpfulness and humour of a policy that is asked for them, or mixed by them."""
+    if run.name.startswith("soup"):
+        rows = [row for row in read_table(run / "data/lattice.parquet") if row["split"] == "test"]
+        return {tuple(r["weights"]): (r["gold/helpfulness/mean"], r["gold/humour/mean"]) for r in rows}
+    rows = [row for row in read_table(run / "data/preference_grid.parquet") if row["split"] == "test"]
+    return {  # later phases come later
+        (r["weight_helpful"], r["weight_humour"]): (r["gold_helpfulness_mean"], r["gold_humour_mean"]) for r in rows
+    }
+
+
+def trade_offs(runs: Path, seeds: list[int]) -> None:
+    wanted = " | ".join(f"{helpful:g} helpful, {humour:g} humour" for helpful, humour in WEIGHTS)
+    print(f"| method | {wanted} | desired with obtained: helpful | humour |")
+    print("| --- " * (len(WEIGHTS) + 3) + "|")
+    for method in TRADE_OFFS:
+        found = [runs / f"{method}_s{seed}" for seed in seeds]
+        if not all(map(is_finished, found)):
+            continue
+        grids, last = [points(run) for run in found], [rows_of(run)[-1] for run in found]
+        cells = [" / ".join(spread([grid[weights][i] for grid in grids]) for i in (0, 1)) for weights in WEIGHTS]
+        for name in ("helpful", "humour"):
+            key = f"eval/test/ric/{name}/correlation"
+            cells.append(spread([row[key] for row in last]) if key in last[0] else "")
+        print(f"| {method} | {' | '.join(cells)} |")
 
 
 def scorers(runs: Path, seeds: list[int]) -> None:
@@ -93,6 +125,8 @@ def scorers(runs: Path, seeds: list[int]) -> None:
 def main(runs_dir: Path, seeds: list[int]) -> None:
     runs = runs_dir / "methods"
     policies(runs, seeds)
+    print()
+    trade_offs(runs, seeds)
     print()
     scorers(runs, seeds)
 
