@@ -22,7 +22,6 @@ CONTRACT = {
     *("lr", "episode", "time/rollout"),
 }
 ALGORITHMS = sorted(path.stem for path in (ROOT / "conf/algorithm").glob("*.yaml"))
-OFFLINE_VALUES = {"reward_model", "cost_model"}  # these read pairs, which the embedded world does not draw
 
 
 def last_line(run: Path) -> dict:
@@ -38,7 +37,7 @@ def questions(tmp_path) -> Path:
     return tmp_path / "questions.jsonl"
 
 
-@pytest.mark.parametrize("algorithm", sorted(set(ALGORITHMS) - OFFLINE_VALUES))
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_method_runs_small(algorithm, plan_of, smoke_runs, without_reports):
     execute(plan_of(f"algorithm={algorithm}", "debug=smoke", f"runs_dir={smoke_runs}", f"name=method_{algorithm}"))
     assert is_finished(smoke_runs / f"method_{algorithm}")
