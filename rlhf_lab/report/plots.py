@@ -415,5 +415,9 @@ def metric_label(metric: str) -> str:
         return "length (tokens)"
     if metric == "completions/truncated_ratio":
         return "cut off (fraction)"
+    if head == "ric":
+        name, _, what = rest.partition("/")
+        means = ", over means" if what.endswith("means") else ""
+        return f"correlation of {name} asked for and obtained{means}"
     words = {"gold": "gold", "rewards": "proxy", "cost": "proxy", "loss": "loss"}
     return f"{words[head]} {rest}" if head in words and rest else metric

@@ -160,12 +160,16 @@ def judged(cost: Estimate, limit: float) -> str:
 
 
 def learning_verdict(run: Run) -> list[str]:
-    """For runs without gold scores: held-out accuracy and loss."""
+    """For runs without gold scores: held-out accuracy and loss, or how well a policy obtains what it is asked for."""
     for split in run.splits[:1]:
         held = [name.removeprefix(f"eval/{split}/") for name in run.names if name.startswith(f"eval/{split}/")]
         metrics = dict.fromkeys(name.removesuffix("/mean") for name in held if not name.endswith("/ci95"))
         telling = sorted(
-            (name for name in metrics if "accuracy" in name or name.startswith("loss")),
+            (
+                name
+                for name in metrics
+                if "accuracy" in name or name.startswith("loss") or name.endswith("/correlation")
+            ),
             key=lambda name: "accuracy" not in name,
         )
         return [movement(run, split, name, f"{metric_label(name)} on held-out {split}") for name in telling[:2]]

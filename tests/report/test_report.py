@@ -16,7 +16,7 @@ from rlhf_lab.data.tables import write_table
 from rlhf_lab.report.canvas import in_words, rolling_mean
 from rlhf_lab.report.figures import FIGURES, OVERVIEW
 from rlhf_lab.report.page import build_report
-from rlhf_lab.report.plots import best_of_n, by_split, multipliers, overoptimisation, soups, trade_offs
+from rlhf_lab.report.plots import best_of_n, by_split, metric_label, multipliers, overoptimisation, soups, trade_offs
 from rlhf_lab.report.run import read_run
 from rlhf_lab.report.summary import comparisons, duration, number, timings
 
@@ -502,3 +502,8 @@ def test_trade_offs_are_drawn_as_asked_against_obtained_and_as_fronts(tmp_path: 
     assert brief.curves[1].y.tolist() == [2.0, 2.5, 3.0]
     assert kind.curves[0].y.tolist() == [0.0, 0.0, 0.0]
     assert (front.curves[1].x.tolist(), front.curves[1].y.tolist()) == ([2.0, 2.0, 2.0], [2.0, 2.5, 3.0])
+
+
+def test_a_run_that_obtains_what_it_is_asked_for_says_how_well():
+    assert metric_label("ric/humour/correlation") == "correlation of humour asked for and obtained"
+    assert metric_label("ric/humour/correlation_of_means") == "correlation of humour asked for and obtained, over means"
