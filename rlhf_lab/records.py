@@ -45,6 +45,13 @@ class Prompt:
         return self.messages[-1]["content"]
 
     @property
+    def written(self) -> str | list[Message]:
+        """As a table holds it: the text of one user turn, the messages of more; read back, its id is the same."""
+        if len(self.messages) == 1 and self.messages[0]["role"] == "user":
+            return self.request
+        return [{"role": message["role"], "content": message["content"]} for message in self.messages]
+
+    @property
     def spoken(self) -> tuple[Message, ...]:
         """The conversation as a policy reads it: the condition follows the last request."""
         if not self.condition:

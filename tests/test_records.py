@@ -23,3 +23,10 @@ def test_a_condition_is_no_part_of_the_request():
     assert prompt.request == plain.request == "and then ?"
     assert prompt.plain == plain != prompt
     assert plain.spoken == plain.messages == TALK
+
+
+def test_a_prompt_is_written_as_the_text_of_one_turn_or_as_all_its_messages():
+    assert Prompt.from_text("hi").conditioned("<funny>", {}).written == "hi"
+    assert Prompt.from_messages(TALK).written == list(TALK)
+    system: Message = {"role": "system", "content": "be kind"}
+    assert Prompt.from_messages([system, TALK[0]]).written == [system, TALK[0]]

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,20 @@ from rlhf_lab.records import Message, Prompt
 
 BadRows = Literal["error", "drop"]
 Rows = list[dict[str, Any]]
+
+# names of columns that hold texts, and numbers only by their look
+TEXTS = (
+    "prompt",
+    "response",
+    "chosen",
+    "rejected",
+    "response_0",
+    "response_1",
+    "condition",
+    *(f"{side}_{name}" for side in ("strong", "weak") for name in ("prompt", "chosen", "rejected", "condition")),
+)
+# what `datasets.save_to_disk` writes beside the rows
+_DESCRIPTIONS = ("dataset_dict.json", "dataset_info.json", "state.json")
 
 
 def _read_jsonl(file: Path) -> Rows:
@@ -49,19 +63,28 @@ def _read_arrow(file: Path) -> Rows:
             return ipc.open_file(source).read_all().to_pylist()
 
 
+def _read_csv(file: Path, texts: Collection[str] = TEXTS) -> Rows:
+    """Types are guessed but for `texts`, which stay as they are written: 007, 1.50, NA."""
+    convert = csv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string()))
+    return csv.read_csv(file, parse_options=_CSV, convert_options=convert).to_pylist()
+
+
 _CSV = csv.ParseOptions(newlines_in_values=True)
 _READERS: dict[str, Callable[[Path], Rows]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
-    ".csv": lambda file: csv.read_csv(file, parse_options=_CSV).to_pylist(),
+    ".csv": _read_csv,
     ".parquet": lambda file: parquet.read_table(file).to_pylist(),
     ".arrow": _read_arrow,
 }
 SUFFIXES = tuple(_READERS)
 
 
-def read_table(file: Path) -> Rows:
+def read_table(file: Path, texts: Collection[str] = TEXTS) -> Rows:
     """The rows of a file of a kind that its name says; an empty file has none.
+
+    Args:
+        texts: columns of texts, which a csv file does not tell from numbers.
 
     Raises:
         ValueError: it cannot be read as what its name says.
@@ -69,21 +92,45 @@ def read_table(file: Path) -> Rows:
     if file.stat().st_size == 0:
         return []
     try:
-        return _READERS[file.suffix](file)
+        return _read_csv(file, texts) if file.suffix == ".csv" else _READERS[file.suffix](file)
     except (ValueError, OSError, pa.ArrowException) as error:
         raise ValueError(f"{file} cannot be read as {file.suffix}: {str(error).splitlines()[0]}") from error
 
 
 def write_table(rows: Rows, file: Path) -> None:
-    """Write rows as a parquet file."""
-    parquet.write_table(pa.Table.from_pylist(rows), file)
+    """Write rows as a parquet file, with every column that any of them has, empty in the others.
+
+    A column has one type: prompts of which some are texts and some conversations are all written as conversations.
+    """
+    columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(key for row in rows for key in row)}
+    for name, values in columns.items():
+        if {type(value) for value in values} >= {str, list}:
+            columns[name] = [_conversation(value) for value in values]
+    parquet.write_table(pa.table(columns), file)
+
+
+def _conversation(prompt: Any) -> list[Message] | None:
+    return None if prompt is None else list(prompt_of(prompt).messages)
 
 
 def join_tables(parts: Sequence[Path], file: Path) -> None:
-    """Write the rows of several parquet files of equal columns as one, holding one of them at a time."""
-    with parquet.ParquetWriter(file, parquet.read_schema(parts[0])) as writer:
+    """Write the rows of several parquet files of equal columns as one, holding one of them at a time.
+
+    A column of texts in some and of conversations in others becomes one of conversations.
+    """
+    kinds = {(field.name, pa.types.is_list(field.type)) for part in parts for field in parquet.read_schema(part)}
+    mixed = {name for name, is_list in kinds if (name, not is_list) in kinds}
+
+    def alike(part: Path) -> pa.Table:
+        table = parquet.read_table(part)
+        for name in mixed:
+            told = pa.array([_conversation(value) for value in table[name].to_pylist()])
+            table = table.set_column(table.schema.get_field_index(name), name, told)
+        return table
+
+    with parquet.ParquetWriter(file, alike(parts[0]).schema) as writer:
         for part in parts:
-            writer.write_table(parquet.read_table(part))
+            writer.write_table(alike(part))
 
 
 def check_table(path: str) -> None:
@@ -102,17 +149,25 @@ def check_table(path: str) -> None:
 
 
 def _split_files(folder: Path) -> dict[str, list[Path]]:
-    """split -> its files: `train.parquet`, `train-00000-of-00002.parquet`, or a folder `train/`."""
+    """split -> its files: `train.parquet`, `train-00000-of-00002.parquet`, or a folder `train/`.
+
+    A folder that `save_to_disk` left holds splits as folders, or one data set, which is "train".
+    """
     found: dict[str, list[Path]] = {}
+    single = (folder / "state.json").exists()
     for file in sorted(folder.rglob("*")):
-        if file.suffix in SUFFIXES:
+        if file.suffix in SUFFIXES and file.name not in _DESCRIPTIONS:
             split = file.stem.split("-")[0] if file.parent == folder else file.parent.name
+            split = "train" if single else split
             found.setdefault(split, []).append(file)
     return found
 
 
-def read_splits(path: str, revision: str | None) -> dict[str, Rows]:
+def read_splits(path: str, revision: str | None, texts: Collection[str] = TEXTS) -> dict[str, Rows]:
     """split -> rows of a file (one split, "train"), a folder of files named by split, or a hub data set.
+
+    Args:
+        texts: columns of texts, see `read_table`.
 
     Raises:
         ValueError: there is nothing to read, or a file cannot be read as what its name says.
@@ -125,7 +180,7 @@ def read_splits(path: str, revision: str | None) -> dict[str, Rows]:
         files = _split_files(place)
     else:
         return _from_hub(path, revision)
-    return {split: [row for part in parts for row in read_table(part)] for split, parts in files.items()}
+    return {split: [row for part in parts for row in read_table(part, texts)] for split, parts in files.items()}
 
 
 def _from_hub(path: str, revision: str | None) -> dict[str, Rows]:

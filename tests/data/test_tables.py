@@ -53,6 +53,24 @@ def test_what_the_datasets_library_saved_is_read(tmp_path):
     assert read_splits(str(file), None) == {"train": ROWS}
 
 
+def test_a_folder_that_the_datasets_library_saved_has_its_splits_and_nothing_of_its_notes(tmp_path):
+    splits = {"train": datasets.Dataset.from_list(ROWS[:3]), "test": datasets.Dataset.from_list(ROWS[3:])}
+    datasets.DatasetDict(**splits).save_to_disk(str(tmp_path / "several"))
+    assert read_splits(str(tmp_path / "several"), None) == {"train": ROWS[:3], "test": ROWS[3:]}
+    splits["train"].save_to_disk(str(tmp_path / "one"))
+    assert read_splits(str(tmp_path / "one"), None) == {"train": ROWS[:3]}
+
+
+def test_a_csv_file_keeps_texts_that_look_like_something_else(tmp_path):
+    (tmp_path / "t.csv").write_text("prompt,response,answer,margin\n007,1.50,true,1.50\n2020-01-01,NA,,2\n")
+    rows = read_table(tmp_path / "t.csv", ["prompt", "response", "answer"])
+    assert rows == [
+        {"prompt": "007", "response": "1.50", "answer": "true", "margin": 1.5},
+        {"prompt": "2020-01-01", "response": "NA", "answer": "", "margin": 2.0},
+    ]
+    assert [row["prompt"] for row in read_table(tmp_path / "t.csv")] == ["007", "2020-01-01"]
+
+
 def test_a_folder_is_read_by_splits(tmp_path):
     save(tmp_path / "train-00000-of-00002.jsonl", ROWS[:2])
     save(tmp_path / "train-00001-of-00002.jsonl", ROWS[2:3])
@@ -65,6 +83,30 @@ def test_a_folder_is_read_by_splits(tmp_path):
 def test_written_tables_are_read_back(tmp_path):
     write_table(ROWS, tmp_path / "t.parquet")
     assert read_splits(str(tmp_path / "t.parquet"), None)["train"] == ROWS
+
+
+def test_a_column_of_some_rows_is_empty_in_the_others(tmp_path):
+    write_table([{"a": 1}, {"b": "x", "a": 2}, {"c": [1.0]}], tmp_path / "t.parquet")
+    assert read_table(tmp_path / "t.parquet") == [
+        {"a": 1, "b": None, "c": None},
+        {"a": 2, "b": "x", "c": None},
+        {"a": None, "b": None, "c": [1.0]},
+    ]
+
+
+def test_prompts_of_one_turn_and_of_several_stand_in_one_table_with_their_ids(tmp_path):
+    prompts = [prompt_of("hi"), prompt_of(["hi", "hello", "bye"]), prompt_of("bye")]
+    rows = [{"prompt": prompt.written, "id": prompt.id} for prompt in prompts]
+    write_table(rows, tmp_path / "t.parquet")
+    for k, row in enumerate(rows):  # of one kind each
+        write_table([row], tmp_path / f"{k}.parquet")
+    join_tables([tmp_path / f"{k}.parquet" for k in range(3)], tmp_path / "joined.parquet")
+    for name in ("t", "joined"):
+        read = read_table(tmp_path / f"{name}.parquet")
+        assert [prompt_of(row["prompt"]) for row in read] == prompts
+        assert [row["id"] for row in read] == [prompt.id for prompt in prompts]
+    write_table(rows[::2], tmp_path / "t.parquet")
+    assert [row["prompt"] for row in read_table(tmp_path / "t.parquet")] == ["hi", "bye"]
 
 
 @pytest.mark.parametrize(
