@@ -1,5 +1,6 @@
 """A data set as every stage reads it: prompts, demonstrations or pairs of a named split, whatever they come from."""
 
+import math
 import random
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -7,7 +8,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_lab.data import tiny_help
-from rlhf_lab.data.tables import BadRows, RowFilter, Rows, apart, check_table, hold_out, need, prompt_of, read_splits
+from rlhf_lab.data.tables import (
+    TEXTS,
+    BadRows,
+    RowFilter,
+    Rows,
+    apart,
+    check_table,
+    hold_out,
+    need,
+    prompt_of,
+    read_splits,
+)
 from rlhf_lab.data.templates import Style, Template
 from rlhf_lab.records import Demonstration, PreferencePair, Prompt, Quadruple, Ranking, SafetyPair
 from rlhf_lab.seeds import derive
@@ -35,6 +47,27 @@ NEEDS = {
     ),
     "safety_pairs": (["prompt", "response_0", "response_1", "safer", "safe_0", "safe_1"], "a cost model"),
 }
+# kind of record -> the columns that it reads where there are any
+MAY_READ = {
+    "prompts": ("messages",),
+    "demonstrations": ("messages", "condition"),
+    "preferences": (
+        "chosen",
+        "rejected",
+        "response_0",
+        "response_1",
+        "better",
+        "margin",
+        "score_chosen",
+        "score_rejected",
+        "score_0",
+        "score_1",
+        "condition",
+    ),
+    "rankings": ("ranks", "condition"),
+    "quadruples": ("strong_condition", "weak_condition", "condition"),
+    "safety_pairs": ("condition",),
+}
 
 
 class Dataset:
@@ -50,7 +83,8 @@ class Dataset:
             score_chosen, score_rejected or score_0, score_1, whose difference is the margin; response_0, response_1,
             safer, safe_0, safe_1 (safety); responses, a list, best first, or in the order that a list of numbers,
             ranks, says, the lowest best (rankings); condition, which is read after the request (all of these but
-            prompts). `better` and `safer` are 0 or 1.
+            prompts); strong_ and weak_ with prompt, chosen, rejected, condition (quadruples). `better` and `safer`
+            are 0 or 1. A name in the data that no row has is refused by what reads it.
         template: how conversations are written for the model; "auto" takes the tokenizer's own if it has one.
         max_prompt_tokens, max_response_tokens: longer rows are bad rows.
         bad_rows: "error" refuses a data set with empty, duplicate or overlong rows; "drop" drops and counts them.
@@ -61,7 +95,7 @@ class Dataset:
         eval_splits: held-out splits, evaluated apart and never blended; null for every split but the training one.
         eval_size: records of each.
         hold_out: share of the prompts of a data set with a single split that becomes its held-out split: the first of
-            eval_splits, "test" if that is null.
+            eval_splits, "test" if that is null. Of quadruples it is the share of the strong prompts.
         seed: of what is drawn: the embedded world's records, or the subset of a larger table.
     """
 
@@ -109,14 +143,19 @@ class Dataset:
         """The true scores, if the data come from a world that has them."""
         return GOLD if self.is_world else {}
 
-    def check(self, promised: Collection[str] = (), reads: str = "prompts") -> None:
+    def check(self, promised: Collection[str] = (), reads: str = "prompts", *, is_copied: bool = False) -> None:
         """Refuse a path that is not there, nor promised to be, and a local table without the columns for `reads`.
 
         A path is promised by its folder too: what a run leaves is a folder, of which this may be one table.
 
+        Args:
+            is_copied: a table is made of each split, so no two may be called alike, see `made`.
+
         Raises:
             ValueError: saying what is there and what to do.
         """
+        if is_copied and self.eval_splits is not None:
+            self._refuse_two_named_train(self.eval_splits)
         if self.is_world or not {self.path, str(Path(self.path).parent)}.isdisjoint(promised):
             return
         if self.path.startswith("embedded:"):
@@ -143,6 +182,23 @@ class Dataset:
                 "(null: every split but the training one)"
             )
         return self.eval_splits
+
+    @property
+    def made(self) -> dict[str, str]:
+        """split -> the name of the table that a stage makes of it: that of the training split is "train".
+
+        Raises:
+            ValueError: another split is called so.
+        """
+        self._refuse_two_named_train(self.splits)
+        return {self.train_split: "train"} | {split: split for split in self.splits if split != self.train_split}
+
+    def _refuse_two_named_train(self, splits: Collection[str]) -> None:
+        if self.train_split != "train" and "train" in splits:
+            raise ValueError(
+                f"what is made of the training split {self.train_split!r} of {self.path} is called 'train', but so is "
+                "a held-out split; leave it out of dataset.eval_splits, or set dataset.train_split=train"
+            )
 
     def prompt_ids(self, split: str, reads: str = "prompts") -> set[str]:
         """Ids of the prompts of a split, of rows that would be dropped too; `reads`: prompts or demonstrations.
@@ -191,27 +247,34 @@ class Dataset:
         records: list[PreferencePair] = []
         for prompt, (chosen, rejected), i in zip(prompts, texts, kept, strict=True):
             better = 0 if sided else self._label(rows[i], "better", split, i)
-            gaps = self._gaps(rows[i], *(("chosen", "rejected") if sided else (f"{better}", f"{1 - better}")))
-            said = rows[i].get(self._column("margin"))
+            gaps = self._gaps(rows[i], *(("chosen", "rejected") if sided else (f"{better}", f"{1 - better}")), split, i)
             margin = gaps.pop("", 0.0)
-            margin = margin if said is None else float(said)
+            if rows[i].get(self._column("margin")) is not None:
+                margin = self._number(rows[i], self._column("margin"), split, i)
             records.append(PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected, margin=margin, gaps=gaps))
         return records
 
-    def _gaps(self, row: Mapping[str, Any], chosen: str, rejected: str) -> dict[str, float]:
+    def _gaps(self, row: Mapping[str, Any], chosen: str, rejected: str, split: str, i: int) -> dict[str, float]:
         """score -> how much higher it is on the side `chosen`: columns `score_<name>_<side>`, "" for `score_<side>`."""
         named = (re.fullmatch(rf"score_(.+)_{chosen}", column) for column in row)
         sides = {match[1]: (match[0], f"score_{match[1]}_{rejected}") for match in named if match}
         sides[""] = self._column(f"score_{chosen}"), self._column(f"score_{rejected}")
-        return {name: float(row[a]) - float(row[b]) for name, (a, b) in sides.items() if row.keys() >= {a, b}}
+        return {
+            name: self._number(row, a, split, i) - self._number(row, b, split, i)
+            for name, (a, b) in sides.items()
+            if row.keys() >= {a, b}
+        }
 
     def quadruples(self, split: str, template: Template) -> list[Quadruple]:
-        """Two pairs a row, the stronger preference first; `stage=quadruples` makes them of pairs with margins."""
+        """Two pairs a row, the stronger preference first; `stage=quadruples` makes them of pairs with margins.
+
+        Each is read under its own condition, `strong_condition` or `weak_condition`; without these, under `condition`.
+        """
         rows = self._raw("quadruples", split)
         halves: list[list[PreferencePair]] = []
         for side in ("strong", "weak"):
             texts = [self._texts(row, f"{side}_chosen", f"{side}_rejected") for row in rows]
-            prompts = self._prompts(rows, split, f"{side}_prompt")
+            prompts = self._prompts(rows, split, f"{side}_")
             halves.append(
                 [
                     PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected, margin=0.0)
@@ -220,14 +283,21 @@ class Dataset:
             )
         bad = RowFilter(self._name(split), self.bad_rows)
         records: list[Quadruple] = []
+        seen: set[tuple[str, ...]] = set()
         for i, (strong, weak) in enumerate(zip(*halves, strict=True)):
+            identity = tuple(
+                part for pair in (strong, weak) for part in (pair.prompt.id, pair.prompt.condition, *pair.responses)
+            )
             faults = [self._fault(pair.prompt, pair.responses, template, distinct=True) for pair in (strong, weak)]
             if fault := faults[0] or faults[1]:
                 bad.reject(i, fault)
             elif strong == weak:
                 bad.reject(i, "two equal pairs")
+            elif identity in seen:
+                bad.reject(i, "a duplicate of an earlier row")
             else:
                 records.append(Quadruple(strong=strong, weak=weak))
+            seen.add(identity)
         if note := bad.report(len(rows)):
             self.notes.append(note)
         return records
@@ -297,7 +367,7 @@ class Dataset:
                 "each response, the lowest for the best"
             )
         order = range(len(responses)) if ranks is None else sorted(range(len(responses)), key=ranks.__getitem__)
-        return tuple(str(responses[place] or "") for place in order)
+        return tuple(_text(responses[place]) for place in order)
 
     def labelled(self, split: str, column: str, template: Template) -> list[tuple[Prompt, str, float]]:
         """(prompt, response, value) of both responses of each pair, for a column `<column>_0`, `<column>_1`."""
@@ -307,7 +377,7 @@ class Dataset:
         pairs = list(zip(self._prompts(rows, split), sides, strict=True))
         prompts, texts, kept = self._fitting(pairs, split, template, unique=False)
         return [
-            (prompt, both[side], float(rows[i][self._column(f"{column}_{side}")]))
+            (prompt, both[side], self._number(rows[i], self._column(f"{column}_{side}"), split, i))
             for prompt, both, i in zip(prompts, texts, kept, strict=True)
             for side in (0, 1)
         ]
@@ -333,13 +403,19 @@ class Dataset:
         return [rows[i] for i in kept], prompts, responses
 
     def _raw(self, reads: str, split: str) -> Rows:
-        """The rows of a split, with the columns that `reads` needs.
+        """The rows of a split, with the columns that `reads` needs, and those that it is told to read.
 
         Raises:
             ValueError: a column is missing.
         """
         wanted, purpose = NEEDS[reads]
         rows = self._rows(split, wanted, purpose)
+        for name in MAY_READ[reads]:
+            if name in self.columns and not any(self.columns[name] in row for row in rows):
+                raise ValueError(
+                    f"{self._name(split)} has the columns {sorted(rows[0])}, but dataset.columns.{name} says "
+                    f"{self.columns[name]!r}; name the column that it is, or null"
+                )
         pair = {self._column(name) for name in ("response_0", "response_1", "better")}
         if reads == "preferences" and not self._is_sided(rows) and not pair <= rows[0].keys():
             raise ValueError(
@@ -355,26 +431,38 @@ class Dataset:
         return self.columns.get(name, name)
 
     def _texts(self, row: Mapping[str, Any], *names: str) -> tuple[str, ...]:
-        return tuple(str(row[self._column(name)] or "") for name in names)
+        return tuple(_text(row.get(self._column(name))) for name in names)
 
-    def _prompts(self, rows: Rows, split: str, column: str = "prompt") -> list[Prompt]:
+    def _prompts(self, rows: Rows, split: str, side: str = "") -> list[Prompt]:
+        """The prompts of `<side>prompt` under the conditions of `<side>condition`, or `condition` without that."""
         prompts: list[Prompt] = []
+        conditions = self._column(f"{side}condition"), self._column("condition")
         for i, row in enumerate(rows):
-            value = row[self._column(column)]
+            value = row.get(self._column(f"{side}prompt"))
             try:
                 prompt = prompt_of("" if value is None or value == [] else value)
             except ValueError as error:
                 raise ValueError(f"{self._name(split)}, row {i}: {error}") from error
-            condition = row.get(self._column("condition"))
-            prompts.append(prompt.conditioned(str(condition), {}) if condition else prompt)
+            condition = _text(row.get(conditions[0], row.get(conditions[1])))
+            prompts.append(prompt.conditioned(condition, {}) if condition else prompt)
         return prompts
 
     def _label(self, row: Mapping[str, Any], name: str, split: str, i: int) -> int:
         """A label that is 0 or 1, or false or true; a text that merely looks like one may mean anything."""
-        value = row[self._column(name)]
+        value = row.get(self._column(name))
         if value not in (0, 1):
             raise ValueError(f"{self._name(split)}, row {i}: {self._column(name)} is {value!r}; expected 0 or 1")
         return int(value)
+
+    def _number(self, row: Mapping[str, Any], column: str, split: str, i: int) -> float:
+        """A finite number; nan or infinity in one row would be that of the whole loss."""
+        try:
+            value = float(row[column])
+        except (KeyError, TypeError, ValueError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise ValueError(f"{self._name(split)}, row {i}: {column} is {row.get(column)!r}; expected a finite number")
+        return value
 
     def _name(self, split: str) -> str:
         return f"{self.path} ({split})"
@@ -387,19 +475,39 @@ class Dataset:
 
     def _tables(self) -> dict[str, Rows]:
         if self._splits is None:
-            tables = {split: self._apart(rows, split) for split, rows in read_splits(self.path, self.revision).items()}
+            texts = [self._column(name) for name in TEXTS]
+            read = read_splits(self.path, self.revision, texts)
+            tables = {split: self._apart(rows, split) for split, rows in read.items()}
             wanted = ("test",) if self.eval_splits is None else self.eval_splits
-            if len(tables) == 1 and self.hold_out_share and wanted and wanted[0] not in tables:
+            if len(tables) == 1 and any(tables.values()) and self.hold_out_share and wanted and wanted[0] not in tables:
                 [(only, rows)] = tables.items()
-                kept, held = hold_out(rows, self._column("prompt"), self.hold_out_share)
+                column = self._hashed(rows, only)
+                kept, held = hold_out(rows, column, self.hold_out_share)
                 if held:
                     tables = {only: kept, wanted[0]: held}
                     self.notes.append(
                         f"{self.path} has one split: of {len(rows)} rows {len(held)} are held out as {wanted[0]!r}, "
-                        "by a hash of their prompts (dataset.hold_out)"
+                        f"by a hash of their {column} (dataset.hold_out)"
                     )
+                else:
+                    self.notes.append(f"{self.path} has one split and one {column}: nothing is held out")
             self._splits = tables
         return self._splits
+
+    def _hashed(self, rows: Rows, split: str) -> str:
+        """The column whose hash says which rows are held out: the prompt, of quadruples that of the stronger pair.
+
+        Raises:
+            ValueError: there is neither.
+        """
+        for column in (self._column("prompt"), self._column("strong_prompt")):
+            if any(column in row for row in rows):
+                return column
+        raise ValueError(
+            f"{self._name(split)} has the columns {sorted(rows[0])}, but a single split is held out by the hash of "
+            f"{self._column('prompt')!r}; say which one it is with dataset.columns.prompt=<column>, or hold out "
+            "nothing with dataset.hold_out=0"
+        )
 
     def _apart(self, rows: Rows, split: str) -> Rows:
         """The rows, with prompt and response in columns of their own where a table has conversations instead."""
@@ -468,3 +576,8 @@ class Dataset:
         if note := bad.report(len(pairs)):
             self.notes.append(note)
         return [pairs[i][0] for i in kept], [pairs[i][1] for i in kept], kept
+
+
+def _text(value: Any) -> str:
+    """What a cell says; 0 is a text too."""
+    return "" if value is None else str(value)

@@ -1,13 +1,16 @@
 """Prompts, demonstrations and pairs of a person's own table, and of the embedded world."""
 
 import json
+from pathlib import Path
 
 import pytest
+import yaml
 
 from rlhf_lab.data.dataset import WORLD, Dataset
 from rlhf_lab.data.templates import Template
 from rlhf_lab.engine.tiny import tiny_tokenizer
 
+CONF = Path(__file__).resolve().parents[2] / "conf/dataset"
 DEFAULTS = {
     "revision": None,
     "columns": {},
@@ -225,6 +228,120 @@ def test_needed_columns_are_named(table, template):
             getattr(table([{"text": "x"}]), read)("train", template)
     with pytest.raises(ValueError, match="'chosen' and 'rejected', or 'response_0'"):
         table([{"prompt": "x"}]).preferences("train", template)
+
+
+def test_a_mapped_column_that_no_row_has_is_refused_by_what_reads_it(table, template):
+    row = {"prompt": "p", "response": "r", "chosen": "good", "rejected": "bad", "margin": 2}
+    data = table([row], columns={"margin": "margins"})
+    with pytest.raises(ValueError, match=r"\['chosen', 'margin', .*but dataset.columns.margin says 'margins'; name"):
+        data.preferences("train", template)
+    assert len(data.prompts("train", template)) == len(data.demonstrations("train", template)) == 1
+    conditioned = table([row, {**row, "prompt": "q", "told": "please"}], columns={"condition": "told"}, hold_out=0.0)
+    assert [p.prompt.condition for p in conditioned.preferences("train", template)] == ["", "please"]
+    with pytest.raises(ValueError, match=r"dataset.columns.chosen says 'best'"):
+        table([{**row, "response_0": "a", "response_1": "b", "better": 0}], columns={"chosen": "best"}).preferences(
+            "train", template
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "read"), [("better_response_id", "preferences"), ("safer_response_id", "safety_pairs"), ("", "prompts")]
+)
+def test_a_shared_mapping_is_held_against_what_is_read_only(table, template, kind, read):
+    columns = yaml.safe_load((CONF / "pku_saferlhf.yaml").read_text())["columns"]
+    row = {"prompt": "p", "response_0": "a", "response_1": "b", kind: 1}
+    if read == "safety_pairs":
+        row |= {"is_response_0_safe": False, "is_response_1_safe": True}
+    assert len(getattr(table([row], columns=columns), read)("train", template)) == 1
+
+
+def test_texts_of_a_csv_file_stay_as_they_are_written_under_any_name(tmp_path, template):
+    (tmp_path / "train.csv").write_text("q,response,score\n007,0,1\n8,1.50,2\n")
+    data = Dataset(**{**DEFAULTS, "path": str(tmp_path), "columns": {"prompt": "q"}, "hold_out": 0.0})
+    read = [(d.prompt.request, d.response) for d in data.demonstrations("train", template)]
+    assert read == [("007", "0"), ("8", "1.50")]
+
+
+def test_a_response_of_zero_is_not_an_empty_one(table, template):
+    [read] = table([{"prompt": "how many ?", "response": 0}]).demonstrations("train", template)
+    assert read.response == "0"
+    [ranked] = table([{"prompt": "how many ?", "responses": [0, 1]}]).rankings("train", template)
+    assert ranked.responses == ("0", "1")
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"margin": float("nan")}, "margin is nan"),
+        ({"margin": "much"}, "margin is 'much'"),
+        ({"score_chosen": 1.0, "score_rejected": float("-inf")}, "score_rejected is -inf"),
+        ({"score_wit_chosen": None, "score_wit_rejected": 1.0}, "score_wit_chosen is None"),
+    ],
+)
+def test_margins_and_scores_that_are_no_numbers_are_refused(table, template, columns, said):
+    rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(2)]
+    with pytest.raises(ValueError, match=rf"\(train\), row 1: {said}; expected a finite number"):
+        table([rows[0], {**rows[1], **columns}], hold_out=0.0).preferences("train", template)
+
+
+def couple(strong, weak, **columns):
+    """A row of two pairs, for these prompts."""
+    sides = {"strong": strong, "weak": weak}
+    return {
+        f"{side}_{name}": text
+        for side, prompt in sides.items()
+        for name, text in (("prompt", prompt), ("chosen", "good"), ("rejected", "bad"))
+    } | columns
+
+
+def test_the_two_pairs_of_a_quadruple_have_conditions_of_their_own(table, template):
+    rows = [
+        couple("p", "q", strong_condition="please", weak_condition="first"),
+        couple("p", "q", strong_condition="first", weak_condition=""),
+        couple("p", "p", strong_condition="first", weak_condition="please"),  # two tastes in one pair
+    ]
+    read = table(rows, hold_out=0.0).quadruples("train", template)
+    told = [(q.strong.prompt.condition, q.weak.prompt.condition) for q in read]
+    assert told == [("please", "first"), ("first", ""), ("first", "please")]
+    [both] = table([couple("p", "q", condition="please")]).quadruples("train", template)
+    assert (both.strong.prompt.condition, both.weak.prompt.condition) == ("please", "please")
+
+
+def test_a_quadruple_that_comes_twice_is_a_bad_row(table, template):
+    rows = [couple("p", "q"), couple("q", "p"), couple("p", "q"), couple("p", "r")]
+    with pytest.raises(ValueError, match=r"1 with a duplicate of an earlier row \(first: row 2\), of 4 rows"):
+        table(rows, hold_out=0.0).quadruples("train", template)
+    read = table(rows, hold_out=0.0, bad_rows="drop").quadruples("train", template)
+    assert [(q.strong.prompt.request, q.weak.prompt.request) for q in read] == [("p", "q"), ("q", "p"), ("p", "r")]
+
+
+def test_quadruples_are_held_out_by_their_strong_prompts_and_that_is_said(table, template):
+    data = table([couple(f"p {i // 2}", f"q {i}") for i in range(100)])
+    assert data.splits == ("test",)
+    ours, theirs = ({q.strong.prompt.id for q in data.quadruples(s, template)} for s in ("train", "test"))
+    assert not ours & theirs
+    assert len(ours) + len(theirs) == 50
+    assert "by a hash of their strong_prompt" in data.notes[0]
+
+
+def test_what_has_nothing_to_be_held_out_by_is_refused(table):
+    with pytest.raises(ValueError, match=r"columns \['a'\].*hash of 'prompt'.*dataset.columns.prompt=.*hold_out=0"):
+        _ = table([{"a": "x"}, {"a": "y"}]).splits
+    lone = table([{"prompt": "x"}] * 2)
+    assert lone.splits == ()
+    assert "one split and one prompt: nothing is held out" in lone.notes[0]
+
+
+def test_tables_made_of_splits_have_names_of_their_own(table):
+    data = table(numbered(4), test=numbered(4))
+    assert data.made == {"train": "train", "test": "test"}
+    assert table(numbered(4), eval_splits=["train"]).made == {"train": "train"}
+    with pytest.raises(ValueError, match=r"training split 'test' of .* is called 'train', but so is a held-out split"):
+        _ = table(numbered(4), test=numbered(4), train_split="test").made
+    world = Dataset(**{**DEFAULTS, "path": WORLD, "train_size": 8, "train_split": "sft", "eval_splits": ["train"]})
+    world.check()
+    with pytest.raises(ValueError, match=r"'sft' of embedded.*dataset.eval_splits"):
+        world.check(is_copied=True)
 
 
 def test_the_world_has_gold_scores_and_no_end_or_list_of_splits(template):
