@@ -156,6 +156,7 @@ class RiC:
             if data is not None
         }
         self.rewards = {name: source for name, source in rewards.items() if source is not None}
+        self.unknown_costs = [name for name in costs if name not in rewards]
         self.costs, self.told, self.notation = tuple(costs), tuple(told), notation
         self.target_range: Literal["data", "gaussian"] = target_range
         self.low, self.high = range_quantiles
@@ -204,6 +205,11 @@ class RiC:
             raise ValueError(
                 f"stage.told={list(self.told)}, but the reward sources are {sorted(self.rewards)}; "
                 f"add reward.sources.{missing[0]} or change stage.told"
+            )
+        if self.unknown_costs:
+            raise ValueError(
+                f"stage.costs names {self.unknown_costs}, but the reward sources are {sorted(self.rewards)}; name "
+                "those for which higher is worse"
             )
         if not self.told or len(set(self.told)) < len(self.told):
             raise ValueError(f"stage.told={list(self.told)}: name each reward once, and at least one")
@@ -334,7 +340,7 @@ class RiC:
             finished = rollout.finished.tolist()
             cleaned = [self.cleaning(*response) for response in zip(rollout.responses, finished, strict=True)]
             shard = [
-                {"id": prompt.id, "prompt": prompt.request, "response": text, "dropped": why}
+                {"id": prompt.id, "prompt": prompt.written, "response": text, "dropped": why}
                 | {f"goal_{name}": value for name, value in zip(self.told, goal, strict=True)}
                 for prompt, (text, why), goal in zip(asked[cuts[i]], cleaned, goals[cuts[i]], strict=True)
             ]
@@ -406,7 +412,7 @@ class RiC:
         tables: dict[str, list[dict[str, Any]]] = {}
         columns = zip(parts.offline.raw.tolist(), parts.context.standardised(parts.offline.raw).tolist(), strict=True)
         tables["offline"] = [
-            {"id": prompt.id, "prompt": prompt.request, "response": response}
+            {"id": prompt.id, "prompt": prompt.written, "response": response}
             | {f"raw_{name}": value for name, value in zip(self.told, raw, strict=True)}
             | {f"obtained_{name}": value for name, value in zip(self.told, told, strict=True)}
             for prompt, response, (raw, told) in zip(

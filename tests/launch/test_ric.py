@@ -27,6 +27,7 @@ ONLINE = ["debug=smoke", "algorithm=ric_online", "stage.cleaning.unfinished=true
         (["stage.told=[helpful,kind]"], ["stage.told=['helpful', 'kind']", "'humour'", "reward.sources.kind"]),
         (["stage.told=[helpful,helpful]"], ["name each reward once"]),
         (["stage.told=[]"], ["at least one"]),
+        (["reward.costs=[cost,kost]"], ["['kost']", "'humour'", "for which higher is worse"]),
         (["stage.range_quantiles=[0.9,0.1]"], ["stage.range_quantiles=[0.9, 0.1]", "below"]),
         (["stage.range_quantiles=[0,1.5]"], ["range_quantiles=1.5", "less than or equal to 1"]),
         (["stage.target_map=l3"], ["stage.target_map='l3'", "'linf', 'l2', 'linear' or 'quantile'"]),
@@ -44,6 +45,10 @@ def test_mistakes_are_refused_before_anything_is_loaded(typed, said, plan_of, un
     message = f"{caught.value} {caught.value.__cause__}"
     assert all(part in message for part in said), message
     assert not untouched.exists()
+
+
+def test_a_cost_whose_source_is_left_out_is_no_mistake(plan_of, untouched):
+    preflight(plan_of("algorithm=ric_online", "reward.sources.cost=null", f"runs_dir={untouched}"))
 
 
 def test_a_response_is_learnt_under_its_own_rewards():
