@@ -62,7 +62,7 @@ class Annotate:
     def check(self, promised: Collection[str] = ()) -> None:
         """Refuse what cannot work, before anything is loaded; `promised` paths will be there by then."""
         check_path(self.model.policy, "model.policy", promised)
-        self.dataset.check(promised)
+        self.dataset.check(promised, is_copied=True)
         for key, name in (("better_by", self.better_by), ("safer_by", self.safer_by)):
             if name not in self.dataset.gold:
                 raise ValueError(
@@ -70,6 +70,7 @@ class Annotate:
                 )
 
     def run(self, run: Run) -> Metrics:
+        names = self.dataset.made
         device = self.hardware.start()
         template = Template(load_tokenizer(self.model.policy, self.model.new_tokens), self.dataset.template_style)
         new_tokens = new_token_ids(template.tokenizer, self.model.new_tokens)
@@ -77,20 +78,22 @@ class Annotate:
         policy = load_policy(self.model.policy, **options)
         engine = Generator(policy, template, self.sampling)
         run.resume()  # there are no checkpoints: the shards are what it continues from
+        asked = {split: self.dataset.prompts(split, template) for split in names}
+        for note in self.dataset.notes:
+            run.warn(0, note)
         metrics: Metrics = {}
         tables: dict[str, list[dict[str, Any]]] = {}
-        for split in (self.dataset.train_split, *self.dataset.splits):
-            prompts = self.dataset.prompts(split, template)
+        for split, prompts in asked.items():
             parts = list(batches(len(prompts), self.prompts_per_shard))
             rows: list[dict[str, Any]] = []
             for i in run.console.steps(f"sampling pairs of {split}, shard", 0, len(parts), metrics):
                 rows += self._shard(run, engine, template, split, i, prompts[parts[i]])
             unequal = [row for row in rows if row["response_0"] != row["response_1"]]
             different = [row for row in unequal if self.ties == "coin" or not self._is_tie(row)]
-            if split == self.dataset.train_split:
-                self._add_noise(different, run.seed)
             kept = [row for row in different if row["response_0"].strip() and row["response_1"].strip()]
-            name = "train" if split == self.dataset.train_split else split
+            name = names[split]
+            if name == "train":
+                self._add_noise(kept, run.seed)
             tables[name] = kept
             metrics |= {
                 f"{name}/pairs": float(len(kept)),
@@ -151,7 +154,7 @@ class Annotate:
             rows.append(
                 {
                     "id": prompt.id,
-                    "prompt": prompt.request,
+                    "prompt": prompt.written,
                     "response_0": responses[first],
                     "response_1": responses[second],
                     **labels,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lab.data.dataset import Dataset
-from rlhf_lab.data.tables import join_tables, read_table, write_table
+from rlhf_lab.data.tables import join_tables, prompt_of, read_table, write_table
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine.generate import Generator, Sampling
@@ -111,14 +111,14 @@ class BestOfN:
         )
         gold = {name: Gold(measure) for name, measure in self.dataset.gold.items()}
         run.resume()  # there are no checkpoints: the shards are what it continues from
+        asked = {split: self.dataset.prompts(split, template)[: self.prompts] for split in self.dataset.splits}
         for note in self.dataset.notes:
             run.warn(0, note)
         shards: list[Path] = []
         first: list[dict[str, Any]] = []
         best: list[dict[str, Any]] = []
         curves: dict[int, Metrics] = {n: {"best_of_n/kl": kl_of_best_of_n(n)} for n in self.grid}
-        for split in self.dataset.splits:
-            prompts = self.dataset.prompts(split, template)[: self.prompts]
+        for split, prompts in asked.items():
             parts = list(batches(len(prompts), self.prompts_per_shard))
             columns: dict[str, list[Tensor]] = {}
             for i in run.console.steps(f"best of {self.samples_per_prompt} on {split}, shard", 0, len(parts), {}):
@@ -173,7 +173,7 @@ class BestOfN:
                     {
                         "split": split,
                         "id": rollout.prompts[i].id,
-                        "prompt": rollout.prompts[i].request,
+                        "prompt": rollout.prompts[i].written,
                         "sample": len(rows[place]),
                         "response": rollout.responses[i],
                         "finished": bool(rollout.finished[i]),
@@ -208,7 +208,8 @@ class BestOfN:
     def _shown(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row as the samples of every run are written."""
         return {
-            **{name: row[name] for name in ("split", "id", "prompt", "response", "finished", "tokens", "kl")},
+            **{name: row[name] for name in ("split", "id", "response", "finished", "tokens", "kl")},
+            "prompt": prompt_of(row["prompt"]).request,
             "scores": {name: row[f"score_{name}"] for name in self.rewards},
             "members": {name: row[f"members_{name}"] for name in self.rewards if len(row[f"members_{name}"]) > 1},
             "gold": {name: row[f"gold_{name}"] for name in self.dataset.gold},

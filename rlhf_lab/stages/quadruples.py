@@ -18,7 +18,8 @@ from rlhf_lab.types import Count, Fraction, Metrics
 class Quadruples:
     """A table of preferences with margins becomes one of quadruples, `data/<split>.parquet`.
 
-    Columns: strong_ and weak_ with prompt, chosen, rejected and margin, and flipped. The training split alone is noisy.
+    Columns: strong_ and weak_ with prompt, chosen, rejected, margin and condition, and flipped. The training split
+    alone is noisy.
 
     Args:
         sampling: "iterative" or "random", see `pair_up`.
@@ -43,7 +44,7 @@ class Quadruples:
     def check(self, promised: Collection[str] = ()) -> None:
         """Refuse what cannot work, before anything is loaded; `promised` paths will be there by then."""
         check_path(self.model.policy, "model.policy", promised)
-        self.dataset.check(promised, "preferences")
+        self.dataset.check(promised, "preferences", is_copied=True)
         if self.dataset.is_world:
             raise ValueError(
                 f"{self.dataset.path} draws prompts and demonstrations only; quadruples are made of a table of pairs "
@@ -51,11 +52,12 @@ class Quadruples:
             )
 
     def run(self, run: Run) -> Metrics:
+        names = self.dataset.made
         self.hardware.start()
         template = Template(load_tokenizer(self.model.policy, self.model.new_tokens), self.dataset.template_style)
         tables: dict[str, list[dict[str, Any]]] = {}
         metrics: Metrics = {}
-        for split in (self.dataset.train_split, *self.dataset.splits):
+        for split, name in names.items():
             pairs = self.dataset.preferences(split, template)
             margins = [pair.margin for pair in pairs]
             seed = derive(run.seed, split)
@@ -65,9 +67,7 @@ class Quadruples:
                     f"no two of the {len(pairs)} pairs of {split} differ in margin, so none is the stronger; say which "
                     "column holds the margins (dataset.columns.margin=), or the scores (dataset.columns.score_0= …)"
                 )
-            is_train = split == self.dataset.train_split
-            named = flip(couples, self.strength_noise if is_train else 0.0, seed)
-            name = "train" if is_train else split
+            named = flip(couples, self.strength_noise if name == "train" else 0.0, seed)
             tables[name] = _rows(pairs, couples, named)
             strong, weak = (Counter(couple[side] for couple in named) for side in (0, 1))
             metrics |= {
@@ -112,4 +112,5 @@ def _columns(side: str, pair: PreferencePair) -> dict[str, Any]:
         f"{side}_chosen": pair.chosen,
         f"{side}_rejected": pair.rejected,
         f"{side}_margin": pair.margin,
+        f"{side}_condition": pair.prompt.condition,
     }

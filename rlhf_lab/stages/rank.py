@@ -52,7 +52,7 @@ class Rank:
     def check(self, promised: Collection[str] = ()) -> None:
         """Refuse what cannot work, before anything is loaded; `promised` paths will be there by then."""
         check_path(self.model.policy, "model.policy", promised)
-        self.dataset.check(promised)
+        self.dataset.check(promised, is_copied=True)
         if self.ranked_by not in self.dataset.gold:
             raise ValueError(
                 f"stage.ranked_by={self.ranked_by}, but {self.dataset.path} has the gold scores "
@@ -62,6 +62,7 @@ class Rank:
             raise ValueError(f"stage.samples_per_prompt={self.samples_per_prompt}; a ranking needs 2 or more")
 
     def run(self, run: Run) -> Metrics:
+        names = self.dataset.made
         device = self.hardware.start()
         template = Template(load_tokenizer(self.model.policy, self.model.new_tokens), self.dataset.template_style)
         policy = load_policy(
@@ -73,10 +74,12 @@ class Rank:
         )
         engine = Generator(policy, template, self.sampling)
         run.resume()  # there are no checkpoints: the shards are what it continues from
+        asked = {split: self.dataset.prompts(split, template) for split in names}
+        for note in self.dataset.notes:
+            run.warn(0, note)
         metrics: Metrics = {}
         tables: dict[str, list[dict[str, Any]]] = {}
-        for split in (self.dataset.train_split, *self.dataset.splits):
-            prompts = self.dataset.prompts(split, template)
+        for split, prompts in asked.items():
             parts = list(batches(len(prompts), self.prompts_per_shard))
             rows: list[dict[str, Any]] = []
             for i in run.console.steps(f"sampling rankings of {split}, shard", 0, len(parts), metrics):
@@ -84,9 +87,8 @@ class Rank:
             kept = [row for row in rows if len(row["responses"]) > 1]
             if not kept:
                 raise ValueError(f"no prompt of {split} has two responses that {self.ranked_by} tells apart; draw more")
-            training = split == self.dataset.train_split
-            name = "train" if training else split
-            tables[name] = self._noisy(kept, run.seed) if training else kept
+            name = names[split]
+            tables[name] = self._noisy(kept, run.seed) if name == "train" else kept
             metrics |= {
                 f"{name}/rankings": float(len(kept)),
                 f"{name}/too_short": float(len(rows) - len(kept)),
@@ -124,7 +126,7 @@ class Rank:
             rows.append(
                 {
                     "id": prompt.id,
-                    "prompt": prompt.request,
+                    "prompt": prompt.written,
                     "responses": [by_score[score] for score in scores],
                     "gold": scores,
                 }

@@ -46,7 +46,7 @@ class ScoreTable:
     def check(self, promised: Collection[str] = ()) -> None:
         """Refuse what cannot work, before anything is loaded; `promised` paths will be there by then."""
         check_path(self.model.policy, "model.policy", promised)
-        self.dataset.check(promised, self.reads)
+        self.dataset.check(promised, self.reads, is_copied=True)
         if self.dataset.is_world and self.reads != "demonstrations":
             raise ValueError(
                 f"stage.reads={self.reads}, but {self.dataset.path} draws prompts and demonstrations only; name a "
@@ -58,12 +58,10 @@ class ScoreTable:
             source.check(promised)
 
     def run(self, run: Run) -> Metrics:
+        names = self.dataset.made
         self.hardware.start()
         template = Template(load_tokenizer(self.model.policy, self.model.new_tokens), self.dataset.template_style)
-        tables = {
-            split: self.dataset.table(split, self.reads, template)
-            for split in (self.dataset.train_split, *self.dataset.splits)
-        }
+        tables = {split: self.dataset.table(split, self.reads, template) for split in names}
         for split, (rows, _, responses) in tables.items():
             if taken := sorted(rows[0].keys() & {f"score_{name}{side}" for name in self.rewards for side in responses}):
                 raise ValueError(
@@ -77,7 +75,7 @@ class ScoreTable:
         metrics: Metrics = {}
         scored: dict[str, list[dict[str, Any]]] = {}
         for split, (rows, prompts, responses) in tables.items():
-            name = "train" if split == self.dataset.train_split else split
+            name = names[split]
             scored[name] = []
             parts = list(batches(len(rows), self.rows_per_shard))
             for i in run.console.steps(f"scoring {split}, shard", 0, len(parts), metrics):

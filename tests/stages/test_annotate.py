@@ -1,11 +1,14 @@
-"""Ties of the deciding score are decided by a coin or left out."""
+"""Ties of the deciding score are decided by a coin or left out; noise turns exactly its share of what is kept."""
+
+import json
+from dataclasses import replace
 
 import pytest
 
 from rlhf_lab.console import Console
-from rlhf_lab.data.dataset import GOLD
+from rlhf_lab.data.dataset import GOLD, Dataset
 from rlhf_lab.data.tables import read_table
-from rlhf_lab.engine.generate import Sampling
+from rlhf_lab.engine.generate import Generator, Sampling
 from rlhf_lab.engine.models import Hardware, ModelPaths
 from rlhf_lab.run import Run
 from rlhf_lab.stages.annotate import Annotate
@@ -18,19 +21,19 @@ PATHS = ModelPaths(**dict.fromkeys(("base", "policy", "reference", "critic"), "e
 def annotated(tmp_path, world):
     """`annotated(ties, better_by)` is the training table and the metrics."""
 
-    def annotate(ties, better_by):
+    def annotate(ties, better_by, size=24, share=0.0):
         stage = Annotate(
             model=PATHS,
-            dataset=world(train_size=24, train_split="preferences", eval_splits=[]),
+            dataset=world(train_size=size, train_split="preferences", eval_splits=[]),
             sampling=Sampling(max_new_tokens=6, min_new_tokens=0, temperature=1.0, top_k=0, top_p=1.0, batch_size=64),
             hardware=Hardware(device="cpu", dtype="float32", threads=1),
             better_by=better_by,
             safer_by="cost",
             ties=ties,
             safe_below=0.0,
-            preference_noise=0.0,
-            safety_noise=0.0,
-            verdict_noise=0.0,
+            preference_noise=share,
+            safety_noise=share,
+            verdict_noise=share,
             prompts_per_shard=100,
         )
         run = Run.open(
@@ -63,3 +66,35 @@ def test_dropped_ties_are_the_pairs_of_equal_gold_and_no_others(annotated, monke
 def test_a_score_that_every_pair_ties_in_is_refused(annotated):
     with pytest.raises(ValueError, match=r"no pair of preferences is left of 24: humour ties in 24 .*stage.ties=coin"):
         annotated("drop", "humour")
+
+
+def test_noise_turns_exactly_its_share_of_the_pairs_that_are_kept(annotated, monkeypatch):
+    generate = Generator.generate
+
+    def half_empty(self, *arguments):
+        rollout = generate(self, *arguments)
+        texts = [" " if i % 4 == 0 else f"{i} {text}" for i, text in enumerate(rollout.responses)]
+        return replace(rollout, responses=texts)
+
+    monkeypatch.setattr(Generator, "generate", half_empty)
+    kept, metrics = annotated("coin", "helpfulness", size=40, share=0.25)
+    assert (metrics["train/empty_pairs"], metrics["train/equal_pairs"], len(kept)) == (20, 0, 20)
+    for label in ("better", "safer", "safe_0", "safe_1"):
+        assert sum(row[label] != row[f"clean_{label}"] for row in kept) == 5
+
+
+def test_what_the_data_set_has_to_say_is_said(annotated, monkeypatch, tmp_path):
+    monkeypatch.setattr(Dataset, "prompts", noting(Dataset.prompts))
+    annotated("coin", "helpfulness")
+    warned = (tmp_path / "coin_helpfulness/warnings.jsonl").read_text().splitlines()
+    assert [json.loads(line)["message"] for line in warned] == ["read preferences"]
+
+
+def noting(read):
+    """Reads, and leaves a note of it."""
+
+    def prompts(self, split, template):
+        self.notes.append(f"read {split}")
+        return read(self, split, template)
+
+    return prompts

@@ -1,5 +1,6 @@
 """What is reported of the best of n is what its table says; what was sampled before a kill is not sampled again."""
 
+import json
 from itertools import combinations
 from statistics import fmean
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from rlhf_lab.console import Console
-from rlhf_lab.data.tables import read_table
+from rlhf_lab.data.tables import prompt_of, read_table
 from rlhf_lab.engine.generate import Sampling
 from rlhf_lab.engine.models import Hardware, ModelPaths
 from rlhf_lab.objectives import WeightedSum
@@ -43,7 +44,7 @@ class Vowels:
 def best_of_n(tmp_path, world):
     """`best_of_n(source)` is the run directory and the last metrics."""
 
-    def sample(source, name="run", weight=1.0, samples=N, sampling=(), **data):
+    def sample(source, name="run", weight=1.0, samples=N, sampling=(), prompts=4, **data):
         stage = BestOfN(
             model=PATHS,
             dataset=world(**{**DATA, **data}),
@@ -52,7 +53,7 @@ def best_of_n(tmp_path, world):
             sampling=Sampling(**{**SAMPLING, **dict(sampling)}),
             hardware=Hardware(device="cpu", dtype="float32", threads=1),
             samples_per_prompt=samples,
-            prompts=4,
+            prompts=prompts,
             prompts_per_shard=3,
             tokens_at_once=4096,
         )
@@ -144,6 +145,22 @@ def test_a_training_split_may_be_sampled(best_of_n):
     directory, metrics = best_of_n(Vowels(), eval_splits=["train"])
     assert {row["split"] for row in read_table(directory / "data/best.parquet")} == {"train"}
     assert "best_of_n/1/train/objective/mean" in metrics
+
+
+def test_prompts_of_several_turns_keep_them_and_their_ids(best_of_n, world, tmp_path):
+    talk = ["how do i mix", "the bread", "and the egg ?"]
+    asked = [{"prompt": prompt} for prompt in ("hello", "thanks", "how do i cook", talk, talk[:1])]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*asked, asked[0]]))
+    table = {"path": str(tmp_path / "asked.jsonl"), "train_size": None, "eval_splits": ["train"], "bad_rows": "drop"}
+    directory, _ = best_of_n(Vowels(), prompts=5, **table)  # shards of 3, so the first has single turns only
+    expected = {prompt_of(row["prompt"]).id for row in asked}
+    for name in ("best", "samples"):
+        file = directory / f"data/{name}.parquet"
+        assert {row["id"] for row in read_table(file)} == expected
+        assert world(**{**table, "path": str(file)}).prompt_ids("train") == expected
+    shown = [json.loads(line) for line in (directory / "samples/step_000001.jsonl").read_text().splitlines()]
+    assert {row["prompt"] for row in shown} == {"hello", "thanks", "how do i cook", "and the egg ?", "how do i mix"}
+    assert "dropped 1 of 6 rows" in (directory / "warnings.jsonl").read_text()
 
 
 def test_refusals(best_of_n):

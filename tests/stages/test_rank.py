@@ -1,13 +1,18 @@
 """Rankings by a judge: what is kept, in which order, and how much of it the noise turns."""
 
+import json
 from typing import Any
 
 import pytest
 
+from rlhf_lab.console import Console
+from rlhf_lab.data.dataset import GOLD
 from rlhf_lab.engine.generate import Sampling
 from rlhf_lab.engine.models import Hardware, ModelPaths
 from rlhf_lab.records import Prompt
+from rlhf_lab.run import Run
 from rlhf_lab.stages.rank import Rank
+from rlhf_lab.tracking import NoTracker
 
 
 @pytest.fixture
@@ -20,7 +25,7 @@ def rank(world):
             model=ModelPaths(
                 **dict.fromkeys(("base", "policy", "reference", "critic"), "embedded:tiny"), learning_rates={}
             ),
-            dataset=world(train_size=8),
+            dataset=world(train_size=8, eval_splits=["test"], eval_size=8),
             sampling=Sampling(max_new_tokens=8, min_new_tokens=0, temperature=1.0, top_k=0, top_p=1.0, batch_size=8),
             hardware=Hardware(device="cpu", dtype="float32", threads=1),
             **{**defaults, **settings},
@@ -54,9 +59,28 @@ def test_noise_exchanges_two_neighbours_in_exactly_its_share_of_the_rankings(ran
     assert noisy == rank(noise=0.25)._noisy(rows, seed=0) != rank(noise=0.25)._noisy(rows, seed=1)
 
 
+def test_what_the_data_set_has_to_say_is_said(rank, tmp_path, monkeypatch):
+    monkeypatch.setitem(GOLD, "helpfulness", lambda request, response: float(len(response)))
+    stage = rank()
+    stage.dataset.notes.append("some rows were dropped")
+    run = Run.open(
+        tmp_path / "run", config={"seed": 0}, overrides=[], artifacts={}, tracker=NoTracker(), console=Console()
+    )
+    try:
+        stage.run(run)
+    finally:
+        run.close()
+    [line] = (tmp_path / "run/warnings.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"step": 0, "message": "some rows were dropped"}
+
+
 def test_what_cannot_rank_is_refused(rank):
     with pytest.raises(ValueError, match=r"stage.ranked_by=wit, but .* \['cost', 'helpfulness', 'humour'\]"):
         rank(ranked_by="wit").check()
     with pytest.raises(ValueError, match="samples_per_prompt=1; a ranking needs 2 or more"):
         rank(samples_per_prompt=1).check()
     rank().check()
+    stage = rank()
+    stage.dataset.train_split, stage.dataset.eval_splits = "sft", ("train",)
+    with pytest.raises(ValueError, match="is called 'train', but so is a held-out split"):
+        stage.check()
