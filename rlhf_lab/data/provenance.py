@@ -69,7 +69,7 @@ def prompts_of_table(path: str, column: str) -> set[str]:
         ValueError: there is no such table, or no such column in it.
     """
     ids: set[str] = set()
-    for split, rows in read_splits(path, None).items():
+    for split, rows in read_splits(path, None, [column]).items():
         need(rows, {"prompt": column}, ["prompt"], f"{path} ({split})", "stage.disjoint_from")
         ids |= {prompt_of(row[column]).id for row in rows}
     return ids

@@ -104,3 +104,8 @@ def test_a_table_is_read_whole_by_its_column(tmp_path: Path):
     assert prompts_of_table(table, "question") == ids("why ?", "how ?")
     with pytest.raises(ValueError, match=r"has the columns \['question'\], but stage.disjoint_from needs 'prompt'"):
         prompts_of_table(table, "prompt")
+
+
+def test_prompts_of_a_csv_file_that_look_like_numbers_are_texts(tmp_path: Path):
+    (tmp_path / "seen.csv").write_text("question,score\n007,1\n7,2\n")
+    assert prompts_of_table(str(tmp_path / "seen.csv"), "question") == ids("007", "7")
