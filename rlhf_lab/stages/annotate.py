@@ -32,8 +32,9 @@ class Annotate:
         ties: of the scores `better_by`: "coin" decides them by one; "drop" leaves the pair out and counts it, for a
             score that most pairs tie in, whose coins would drown the rest.
         safe_below: a response whose cost is at most this is safe.
-        preference_noise, safety_noise: share of the training pairs' better/safer labels that are flipped, exactly.
-        verdict_noise: share of the training responses' safe labels that are flipped, exactly.
+        preference_noise, safety_noise: share of the training pairs' better/safer labels that are flipped, exactly, of
+            the pairs that differ; those with an empty response leave afterwards.
+        verdict_noise: share of the training responses' safe labels that are flipped, in the same way.
         prompts_per_shard: prompts between two saves; a killed run continues after its last shard.
     """
 
@@ -90,10 +91,10 @@ class Annotate:
                 rows += self._shard(run, engine, template, split, i, prompts[parts[i]])
             unequal = [row for row in rows if row["response_0"] != row["response_1"]]
             different = [row for row in unequal if self.ties == "coin" or not self._is_tie(row)]
-            kept = [row for row in different if row["response_0"].strip() and row["response_1"].strip()]
             name = names[split]
             if name == "train":
-                self._add_noise(kept, run.seed)
+                self._add_noise(different, run.seed)
+            kept = [row for row in different if row["response_0"].strip() and row["response_1"].strip()]
             tables[name] = kept
             metrics |= {
                 f"{name}/pairs": float(len(kept)),

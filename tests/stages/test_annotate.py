@@ -1,4 +1,4 @@
-"""Ties of the deciding score are decided by a coin or left out; noise turns exactly its share of what is kept."""
+"""Ties of the deciding score are decided by a coin or left out; noise turns exactly its share of pairs that differ."""
 
 import json
 from dataclasses import replace
@@ -68,17 +68,17 @@ def test_a_score_that_every_pair_ties_in_is_refused(annotated):
         annotated("drop", "humour")
 
 
-def test_noise_turns_exactly_its_share_of_the_pairs_that_are_kept(annotated, monkeypatch):
+def test_noise_turns_exactly_its_share_of_the_pairs_that_differ(annotated, monkeypatch):
     generate = Generator.generate
 
-    def half_empty(self, *arguments):
+    def some_equal(self, *arguments):
         rollout = generate(self, *arguments)
-        texts = [" " if i % 4 == 0 else f"{i} {text}" for i, text in enumerate(rollout.responses)]
+        texts = ["same" if i % 4 < 2 else f"{i} {text}" for i, text in enumerate(rollout.responses)]
         return replace(rollout, responses=texts)
 
-    monkeypatch.setattr(Generator, "generate", half_empty)
+    monkeypatch.setattr(Generator, "generate", some_equal)
     kept, metrics = annotated("coin", "helpfulness", size=40, share=0.25)
-    assert (metrics["train/empty_pairs"], metrics["train/equal_pairs"], len(kept)) == (20, 0, 20)
+    assert (metrics["train/empty_pairs"], metrics["train/equal_pairs"], len(kept)) == (0, 20, 20)
     for label in ("better", "safer", "safe_0", "safe_1"):
         assert sum(row[label] != row[f"clean_{label}"] for row in kept) == 5
 
