@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -154,7 +155,6 @@ def test_other_tokenizers_are_refused(trio, write_tokenizer):
 
 def adapter(base: str, folder: Path, seed: int, rank: int = 4, alpha: int = 8, **settings) -> str:
     """A LoRA adapter with random factors."""
-    peft = pytest.importorskip("peft")
     torch.manual_seed(seed)
     config = peft.LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **settings
