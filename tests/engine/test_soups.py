@@ -163,7 +163,7 @@ def adapter(base: str, folder: Path, seed: int, rank: int = 4, alpha: int = 8, *
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     return str(folder)
 
 
