@@ -1,7 +1,6 @@
 """What a person gets wrong is refused at once, in one line that names the key, the value and what is allowed."""
 
 import json
-import time
 
 import pytest
 from hydra.errors import HydraException
@@ -163,10 +162,8 @@ def test_own_data_are_a_table_and_that_is_said(typed, added, capsys):
         (["dataset.path=/nope.jsonl"], "no such file or folder"),
     ],
 )
-def test_the_command_line_refuses_in_one_line_within_seconds_and_leaves_nothing(typed, said, command_line, tmp_path):
-    began = time.monotonic()
+def test_the_command_line_refuses_in_one_line_and_leaves_nothing(typed, said, command_line, tmp_path):
     answer = command_line(*typed, f"runs_dir={tmp_path / 'runs'}")
-    assert time.monotonic() - began < 30  # three on a free core; this says that nothing was loaded or built
     assert answer.returncode == 2
     assert said in answer.stderr
     assert len(answer.stderr.splitlines()) == 1
