@@ -118,7 +118,7 @@ def write(path: Path, *rows: dict) -> Path:
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([{"question": "x"}], "needs 'prompt'"),
+        ([{"question": "x"}], "say which one it is with dataset.columns.prompt="),
         ([], "is empty"),
         ([{"prompt": f"p{i}", "response": "" if i == 7 else "r"} for i in range(20)], "1 with an empty response"),
     ],
