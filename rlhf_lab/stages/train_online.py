@@ -153,8 +153,14 @@ class TrainOnline:
                 f"add reward.sources.{missing[0]} or change conditions"
             )
         # an objective that weighs by the prompt refuses here a prompt that weighs nothing, or something else
-        for prompts in self.conditions.evaluated([Prompt.from_text("a probe")]).values():
-            self.algorithm.objective({name: torch.zeros(1) for name in self.rewards}, prompts)
+        probes = self.conditions.evaluated([Prompt.from_text("a probe")]).values()
+        scores = {name: torch.tensor([float(k)]) for k, name in enumerate(self.rewards)}
+        worth = {self.algorithm.objective(scores, prompts).item() for prompts in probes}
+        if self.conditions.streams and len(probes) > 1 and len(worth) == 1:
+            raise ValueError(
+                f"conditions weigh {list(self.conditions.streams)} by the prompt, but the objective is the same under "
+                "every condition, so these weights would do nothing; use objective=preferred, or conditions=none"
+            )
         self.sampling.check_trainable()
         if self.samples_per_prompt < self.algorithm.least_samples:
             raise ValueError(

@@ -27,6 +27,12 @@ def test_methods_for_several_rewards_read_both(algorithm, plan_of, untouched):
         (["algorithm=pmorl", "conditions=none"], r"weighs \[\].*by the weights of each prompt.*conditions=tiny_help"),
         (["algorithm=pmorl", "reward=single"], r"are \['cost', 'helpful'\]; add reward.sources.humour"),
         (["algorithm=ppo", "conditions=tiny_help"], r"conditions weigh .* add reward.sources.humour"),
+        (
+            ["algorithm=ppo", "conditions=tiny_help", "reward=two"],
+            r"these weights would do nothing; use objective=pref",
+        ),
+        (["algorithm=pmorl", "objective.streams=[humour]", "conditions.per_prompt=one"], r"weighs \['helpful'\]"),
+        (["algorithm=rloo", "reward.costs=[cots]"], r"reward.costs names \['cots'\]"),
         (["algorithm=rloo", "stage.samples_per_prompt=1"], r"samples_per_prompt=1, but RLOO.*to 2 or more"),
         (["algorithm=grpo", "stage.samples_per_prompt=1", "stage.prompts_per_step=64"], "but GRPO compares"),
         (["algorithm=ppo", "kl.estimator=k3"], "kl.placement=reward with kl.estimator=k3"),
