@@ -1,0 +1,154 @@
+"""The processes of one run: who they are, and every message between them. Alone, each function is trivial.
+
+Data parallel by rows. Every rank holds the whole (weightless) batch and draws the same random numbers, so all take the
+same decisions; what costs time is cut by `share`, done by one rank each, and put together again. Whoever writes a
+method never meets a rank. Every rank must reach every function here that sends: a rank that fails ends the others.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+
+Item = TypeVar("Item")
+PATIENCE = timedelta(minutes=30)  # for a rank that writes, or asks a judge, while the others wait
+
+
+def start(device: torch.device) -> None:
+    """Join the other processes of this run, where a launcher (elastic, torchrun, accelerate) started several.
+
+    Tensors on the CPU travel by gloo, those on a GPU by nccl.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or distributed.is_initialized():
+        return
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(local_rank())
+        backend = "cpu:gloo,cuda:nccl"
+    distributed.init_process_group(backend, timeout=PATIENCE)
+
+
+def stop() -> None:
+    """Leave, when every rank has done its work; not for use after an error, when the others may never come."""
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+def rank() -> int:
+    """Which of the `world()` processes this is; 0 alone."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes share the work."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """Which of the processes on this node this is, and so which of its GPUs it takes."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_first() -> bool:
+    """Whether this is the one process that writes and speaks; right from the beginning, before `start` too."""
+    return rank() == 0 if distributed.is_initialized() else os.environ.get("RANK", "0") == "0"
+
+
+def share(items: Sequence[Item]) -> Sequence[Item]:
+    """This rank's part, every world-th: of items sorted by size all ranks get a like amount of work, perhaps none."""
+    return items[rank() :: world()]
+
+
+def gather_rows(rows: Tensor | None) -> Tensor:
+    """The rows of all ranks, in the order of the ranks, on every rank and on the CPU.
+
+    Args:
+        rows: (b, …) of any type, b different on every rank; None on a rank that had nothing to do.
+
+    Raises:
+        ValueError: no rank has rows, or their shapes or types differ.
+    """
+    if world() == 1:
+        if rows is None:
+            raise ValueError("no rank has rows to gather")
+        return rows.cpu()
+    # bytes, since not every backend sends every type
+    mine = torch.empty(0, dtype=torch.uint8) if rows is None else rows.cpu().contiguous().view(-1).view(torch.uint8)
+    kinds = gather(None if rows is None else (tuple(rows.shape), rows.dtype))
+    found = {(kind[0][1:], kind[1]) for kind in kinds if kind is not None}
+    if len(found) != 1:
+        raise ValueError(f"the ranks have rows of {sorted(map(str, found)) or 'no kind'}; they must all be of one")
+    ((shape, dtype),) = found
+    sizes = gather(len(mine))
+    parts = [torch.empty(max(sizes), dtype=torch.uint8) for _ in sizes]
+    distributed.all_gather(parts, nn.functional.pad(mine, (0, max(sizes) - len(mine))))
+    whole = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    return whole.view(dtype).view(sum(kind[0][0] for kind in kinds if kind is not None), *shape)
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace each gradient by its sum over the ranks, the same to the bit on every rank.
+
+    A rank without a gradient counts as zero; a parameter that no rank has a gradient of keeps none, as alone.
+    """
+    if world() == 1:
+        return
+    learnt = [parameter for parameter in parameters if parameter.requires_grad]
+    if not learnt:
+        return
+    device = learnt[0].device
+    pieces = [
+        torch.zeros(p.numel(), device=device) if p.grad is None else p.grad.detach().float().view(-1) for p in learnt
+    ]
+    present = torch.tensor([float(p.grad is not None) for p in learnt], device=device)
+    flat = torch.cat([*pieces, present])
+    distributed.all_reduce(flat)
+    *sums, counts = flat.split([*(p.numel() for p in learnt), len(learnt)])
+    for parameter, total, count in zip(learnt, sums, counts.tolist(), strict=True):
+        parameter.grad = total.view_as(parameter).to(parameter.dtype) if count else None
+
+
+def sum_by_name(values: dict[str, float]) -> dict[str, float]:
+    """Sums over the ranks of small named figures; a rank may lack any of them."""
+    sums: dict[str, float] = {}
+    for part in gather(values):
+        for name, value in part.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return sums
+
+
+def gather(value: Any) -> list[Any]:
+    """What each rank has, in the order of the ranks; for small things only."""
+    if world() == 1:
+        return [value]
+    values: list[Any] = [None] * world()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value: Any) -> Any:
+    """What the first rank has; for small things only."""
+    if world() == 1:
+        return value
+    holder = [value]
+    distributed.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def agree(flag: bool) -> bool:
+    """Whether any rank says so."""
+    if world() == 1:
+        return flag
+    raised = torch.tensor(int(flag))
+    distributed.all_reduce(raised, op=distributed.ReduceOp.MAX)
+    return bool(raised)
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if world() > 1:
+        distributed.barrier()
