@@ -72,15 +72,20 @@ def input_hashes(folder: Path) -> dict[str, str]:
     }
 
 
+def code_state() -> dict[str, Any]:
+    """The commit of this code, and how its files differ from that."""
+    dirty = _git("diff", "HEAD")
+    return {"sha": _git("rev-parse", "HEAD"), "dirty": bool(dirty), "diff": dirty}
+
+
 def environment(artifacts: Mapping[str, Path]) -> dict[str, Any]:
     """Where and with what code a run runs; never the environment variables.
 
     `artifacts` maps a name to the folder that the run reads; each is listed with the hashes of its weights and data.
     """
-    dirty = _git("diff", "HEAD")
     hashed = {name: {"path": str(path), "sha256": input_hashes(path)} for name, path in artifacts.items()}
     return {
-        "git": {"sha": _git("rev-parse", "HEAD"), "dirty": bool(dirty), "diff": dirty},
+        "git": code_state(),
         "packages": {name: metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
