@@ -9,10 +9,12 @@ import inspect
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib import import_module
-from typing import Any, ClassVar, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_origin, get_type_hints
 
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
 from pydantic_core import SchemaError
+
+from rlhf_lab.types import Count
 
 ALLOWED_TARGETS = ("rlhf_lab.",)
 MOST_LISTED = 30
@@ -32,6 +34,11 @@ def root(
     artifacts: str,
     output: str,
     shrink: Mapping[str, int | Mapping[str, str]],
+    sweep: str | None,
+    sweeps_dir: str,
+    plan: bool | Literal["calibrate"],
+    num_processes: Count,
+    returns: str | None,
 ) -> None:
     """The schema of the top-level values; see conf/config.yaml."""
 

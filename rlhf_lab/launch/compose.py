@@ -22,21 +22,25 @@ ROOT = Path(__file__).resolve().parents[2]
 LONGEST_SUFFIX = 60
 # what does not belong into a run's name, since it does not change its results or says where they are
 _INCIDENTAL = {"name", "runs_dir", "artifacts", "debug", "hardware", "tracker"}
+# how a run is started, which is no part of what it is
+LAUNCHING = ("executor", "num_processes", "plan", "returns", "sweep", "sweeps_dir")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A run as it would be started: its directory, its configuration, and what must be there before.
 
     Fields:
         config: resolved and plain; what is frozen in the run directory.
         overrides: what was typed, or what an artifact's reference says.
+        num_processes: that share its work, on all nodes together.
         needs: the plans of the artifacts that the configuration refers to, in the order in which to build them.
     """
 
     directory: Path
     config: dict[str, Any]
     overrides: tuple[str, ...]
+    num_processes: int
     needs: tuple["Plan", ...] = field(default=(), compare=False)
 
     @property
@@ -50,6 +54,21 @@ class Plan:
         return f"python launch.py {shlex.join(self.overrides)}"
 
 
+def in_order(*plans: Plan) -> Iterator[Plan]:
+    """What the plans need, directly or through others, each once and after its own needs."""
+    seen: set[Path] = set()
+
+    def walk(of: Plan) -> Iterator[Plan]:
+        for needed in of.needs:
+            if needed.directory not in seen:
+                seen.add(needed.directory)
+                yield from walk(needed)
+                yield needed
+
+    for plan in plans:
+        yield from walk(plan)
+
+
 _referred: ContextVar[list[Plan] | None] = ContextVar("referred", default=None)
 
 
@@ -59,6 +78,7 @@ def _artifact(reference: str, seed: int, root: DictConfig) -> str:
         return f"artifact:{reference}"
     settings = {"seed": seed, "artifact_seed": root.artifact_seed, "runs_dir": root.runs_dir}
     settings |= {f"hardware.{key}": root.hardware[key] for key in ("device", "dtype", "threads")}
+    settings |= {"num_processes": root.num_processes} if root.num_processes != 1 else {}
     plan = plan_experiment(reference, tuple(settings.items()), bool(root.shrink))
     if plan not in referred:
         referred.append(plan)
@@ -116,7 +136,7 @@ def _reached(config: DictConfig) -> dict[str, set[str]]:
     raw = OmegaConf.to_container(config, resolve=False)
     assert isinstance(raw, dict)
     reached: dict[str, set[str]] = {str(key): set() for key, value in raw.items() if not isinstance(value, dict)}
-    waiting = [("stage", ""), ("tracker", ""), ("shrink", "")]
+    waiting = [("stage", ""), ("tracker", ""), ("shrink", ""), ("executor", "")]
     done: set[tuple[str, str]] = set()
     while waiting:
         key, entry = place = waiting.pop()
@@ -154,7 +174,8 @@ def default_name(
     parts.append(f"s{config.seed}")
     parts += [f"a{config.artifact_seed}"] if config.artifact_seed else []
     said |= {"seed", "artifact_seed"}
-    others = sorted(o for o in overrides if key_of(o) not in said and key_of(o).split(".")[0] not in _INCIDENTAL)
+    silent = {*_INCIDENTAL, *LAUNCHING}
+    others = sorted(o for o in overrides if key_of(o) not in said and key_of(o).split(".")[0] not in silent)
     if others:
         spelled = re.sub(r"[^\w.,=+-]+", "_", ",".join(others))
         parts.append(spelled if len(spelled) <= LONGEST_SUFFIX else sha256(",".join(others).encode()).hexdigest()[:8])
@@ -190,11 +211,14 @@ def _settle(config: DictConfig, reached: Mapping[str, set[str]]) -> dict[str, An
     return settled
 
 
-def plan_run(config: DictConfig, overrides: Sequence[str], choices: Mapping[str, str]) -> Plan:
+def plan_run(
+    config: DictConfig, overrides: Sequence[str], choices: Mapping[str, str], within: Path | None = None
+) -> Plan:
     """Check and resolve what a composed configuration's run reads; references become paths, their artifacts `needs`.
 
     Args:
         choices: group -> option, as composed; they name a run that has no name.
+        within: the directory that holds the run's own; the configuration's `runs_dir` if none is given.
 
     Raises:
         BadConfig: a key, a type or a range is wrong.
@@ -212,7 +236,18 @@ def plan_run(config: DictConfig, overrides: Sequence[str], choices: Mapping[str,
     check(_settle(config, reached))  # before the artifacts are looked at, so that a typo is refused at once
     with _collecting() as needs:
         settled = _settle(config, reached)
-    return Plan(Path(settled["runs_dir"]) / settled["name"], settled, tuple(overrides), tuple(needs))
+    return Plan(
+        directory=Path(settled["runs_dir"]) / settled["name"] if within is None else within / flat(settled["name"]),
+        config={key: value for key, value in settled.items() if key not in LAUNCHING},
+        overrides=tuple(overrides),
+        num_processes=settled["num_processes"],
+        needs=tuple(needs),
+    )
+
+
+def flat(name: str) -> str:
+    """A run's name as one folder: within a sweep there are no studies."""
+    return name.replace("/", ".")
 
 
 @cache
@@ -228,14 +263,12 @@ def plan_experiment(reference: str, settings: tuple[tuple[str, Any], ...], smoke
 @cache
 def _compose_experiment(reference: str, smoke: bool) -> DictConfig:
     """Compose once for all seeds, and apart from whatever Hydra is composing at the moment."""
-    state = GlobalHydra.instance()
-    outer = state.hydra
-    state.clear()
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
     token = _referred.set(None)
     try:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             return compose("config", overrides=[f"experiments={reference}", *(["debug=smoke"] if smoke else [])])
     finally:
         _referred.reset(token)
-        state.clear()
-        state.hydra = outer
+        GlobalHydra.instance().hydra = outer  # of the instance that stands there now: Hydra replaced it

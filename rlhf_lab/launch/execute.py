@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 
 from rlhf_lab.console import Console
 from rlhf_lab.launch.check import BadConfig
-from rlhf_lab.launch.compose import ROOT, Plan
+from rlhf_lab.launch.compose import ROOT, Plan, in_order
 from rlhf_lab.run import Run, RunRefused, difference, input_hashes, is_finished
 from rlhf_lab.types import Metrics
 
@@ -21,20 +21,6 @@ _INCIDENTAL = ("hardware", "tracker", "artifacts")
 
 class RunFailed(RuntimeError):
     """A run that had begun and stopped for another reason than a person's mistake; says where to read more."""
-
-
-def in_order(plan: Plan) -> Iterator[Plan]:
-    """What the plan needs, directly or through others, each once and after its own needs."""
-    seen: set[Path] = set()
-
-    def walk(of: Plan) -> Iterator[Plan]:
-        for needed in of.needs:
-            if needed.directory not in seen:
-                seen.add(needed.directory)
-                yield from walk(needed)
-                yield needed
-
-    yield from walk(plan)
 
 
 def preflight(plan: Plan) -> None:

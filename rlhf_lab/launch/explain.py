@@ -72,3 +72,9 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
         as_list = f", for a list write '{key}=[{values}]'" if "." in key else ""
         return f"{match[1]}: several values; for a sweep add -m{as_list}"
     return first
+
+
+def in_words(error: Exception, overrides: Sequence[str]) -> str:
+    """What a person is told of an error of theirs."""
+    ours = isinstance(error, HydraException | OmegaConfBaseException)
+    return explain(error, overrides) if ours else str(error)

@@ -11,10 +11,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_lab.launch.compose import ROOT, plan_run, register_resolvers
+from rlhf_lab.launch.compose import ROOT, register_resolvers
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
-_stopped: list[int] = []  # exit codes of the points of a sweep that did not finish
 
 
 def with_own_data(arguments: list[str]) -> list[str]:
@@ -30,20 +29,20 @@ def with_own_data(arguments: list[str]) -> list[str]:
     return ["dataset=table", *arguments]
 
 
-def launch(config: DictConfig) -> None:
-    """What Hydra calls with each composed configuration."""
-    from rlhf_lab.launch.execute import execute
+def launch(config: DictConfig) -> float | None:
+    """What Hydra calls with each composed configuration; the metric that `returns` names, if it names one."""
+    from rlhf_lab.launch.start import start_run
 
     settings = HydraConfig.get()
     overrides = list(settings.overrides.task)
     choices = {str(group): str(option) for group, option in settings.runtime.choices.items() if option is not None}
     try:
-        execute(plan_run(config, overrides, choices))
+        return start_run(config, overrides, choices)
     except Exception as error:
-        if settings.mode != RunMode.MULTIRUN:
-            sys.exit(say_why(error, overrides))  # here, where Hydra does not print the exception itself
-        # the other points of the sweep go on
-        _stopped.append(say_why(error, overrides, prefix=f"{' '.join(overrides)}: "))
+        if settings.mode == RunMode.MULTIRUN:  # another launcher's, whose sweeper has to be told
+            say_why(error, overrides, prefix=f"{' '.join(overrides)}: ")
+            raise
+        sys.exit(say_why(error, overrides))  # here, where Hydra does not print the exception itself
 
 
 def main() -> None:
@@ -52,17 +51,25 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions reach the handlers below
     sys.argv[1:] = with_own_data(sys.argv[1:])
     register_resolvers()
-    entry = hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")(launch)
+    typed = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
     try:
-        entry()
+        if is_sweep(sys.argv[1:]):
+            from rlhf_lab.launch.start import start_sweep
+
+            sys.exit(start_sweep(typed))
+        hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")(launch)()
     except Exception as error:
-        sys.exit(say_why(error, [argument for argument in sys.argv[1:] if not argument.startswith("-")]))
+        sys.exit(say_why(error, typed))
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    if _stopped:
-        print(f"error: {len(_stopped)} runs of the sweep did not finish", file=sys.stderr)
-        sys.exit(min(_stopped))
+
+
+def is_sweep(arguments: list[str]) -> bool:
+    """Whether a command line is a sweep that no other launcher or sweeper of Hydra is asked for."""
+    flags = {argument for argument in arguments if argument.startswith("-")}
+    others = [argument for argument in arguments if argument.startswith(("hydra/launcher=", "hydra/sweeper="))]
+    return bool(flags) and flags <= {"-m", "--multirun"} and not others
 
 
 def say_why(error: Exception, overrides: list[str], prefix: str = "") -> int:
@@ -70,12 +77,10 @@ def say_why(error: Exception, overrides: list[str], prefix: str = "") -> int:
     from rlhf_lab.launch.execute import RunFailed
 
     code = REFUSED
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        from rlhf_lab.launch.explain import explain
+    if isinstance(error, HydraException | OmegaConfBaseException | ValueError):
+        from rlhf_lab.launch.explain import in_words
 
-        message = explain(error, overrides)
-    elif isinstance(error, ValueError):
-        message = str(error)
+        message = in_words(error, overrides)
     elif isinstance(error, RunFailed):
         code, message = FAILED, str(error)
     else:  # ours: no run directory has its traceback

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from rlhf_lab.data.tables import read_table
 from rlhf_lab.launch.check import BadConfig
-from rlhf_lab.launch.execute import execute, in_order, preflight
+from rlhf_lab.launch.compose import in_order
+from rlhf_lab.launch.execute import execute, preflight
 
 
 def needed(plan) -> list[str]:

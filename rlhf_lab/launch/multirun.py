@@ -1,0 +1,140 @@
+"""A sweep from what was typed: every point composed and checked first, frozen, and only then started.
+
+Hydra's own launchers compose a point when its turn comes, and again when a cluster starts it a second time. Here `-m`
+reads Hydra's sweep grammar and composes all points at once. Another launcher or sweeper of Hydra (`hydra/launcher=`,
+`hydra/sweeper=`) still gets the command line, one point at a time.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from rlhf_lab.launch.compose import LAUNCHING, ROOT, Plan, key_of, plan_run
+from rlhf_lab.launch.execute import preflight
+from rlhf_lab.launch.explain import in_words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launching:
+    """How runs are started, which is no part of what they are.
+
+    Fields:
+        executor: the node of the configuration that names who starts them.
+        plan: whether only to say what would run; `calibrate` measures for it.
+    """
+
+    root: Path
+    runs_dir: Path
+    sweeps_dir: Path
+    executor: Mapping[str, Any]
+    plan: bool | str
+
+
+class ImpossiblePoints(ValueError):
+    """Points of a sweep that cannot run; a line for each mistake, with the point that it is in."""
+
+
+def points(arguments: Sequence[str]) -> list[list[str]]:
+    """The overrides of every point of a sweep, in the order of the product: the last key varies fastest."""
+    parser = OverridesParser.create()
+    choices: list[list[str]] = []
+    for override in parser.parse_overrides(list(arguments)):
+        key = override.get_key_element()
+        values = override.sweep_string_iterator() if override.is_sweep_override() else None
+        choices.append([override.input_line or ""] if values is None else [f"{key}={value}" for value in values])
+    return [list(point) for point in itertools.product(*choices)]
+
+
+def plan_points(arguments: Sequence[str]) -> tuple[list[Plan], Launching]:
+    """The plan of every point, each in its directory of the sweep.
+
+    Raises:
+        ImpossiblePoints: some points cannot be composed or are refused; each is named.
+    """
+    typed = list(arguments)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        fixed = [point for point in typed if not _is_sweep(point)]
+        swept = _study_parameters(compose("config", overrides=fixed, return_hydra_config=True))
+        typed = [*(f"{key}={values}" for key, values in swept.items() if key not in map(key_of, typed)), *typed]
+        every = points(typed)
+        plans: list[Plan] = []
+        launching: list[Launching] = []
+        mistakes: list[tuple[list[str], Exception]] = []
+        for point in every:
+            try:
+                config = compose("config", overrides=point, return_hydra_config=True)
+                choices = {str(k): str(v) for k, v in config.hydra.runtime.choices.items() if v is not None}
+                with open_dict(config):
+                    config.pop("hydra")
+                how = launching_of(config, sweep_name(typed))
+                plans.append(plan_run(config, point, choices, within=how.root))
+                launching.append(how)
+            except (HydraException, OmegaConfBaseException, ValueError) as error:
+                mistakes.append((point, error))
+    if mistakes:
+        raise _impossible(mistakes, len(every))
+    if len({str(how) for how in launching}) > 1:
+        raise ImpossiblePoints("a sweep has one executor, one sweeps_dir and one plan=; sweep over something else")
+    return plans, launching[0]
+
+
+def _impossible(mistakes: Sequence[tuple[Sequence[str], Exception]], of: int) -> ImpossiblePoints:
+    """Every point that cannot run, with the reason that a person can act on."""
+    lines = [f"{' '.join(point)}: {line}" for point, error in mistakes for line in in_words(error, point).splitlines()]
+    return ImpossiblePoints("\n".join([*lines, f"{len(mistakes)} of {of} points cannot run; nothing was started"]))
+
+
+def check_points(plans: Sequence[Plan]) -> None:
+    """Refuse what cannot work, of every run and artifact of a sweep, before any of it starts.
+
+    Raises:
+        ImpossiblePoints: naming the points.
+    """
+    mistakes: list[tuple[Sequence[str], Exception]] = []
+    for plan in plans:
+        try:
+            preflight(plan)
+        except ValueError as error:
+            mistakes.append((plan.overrides, error))
+    if mistakes:
+        raise _impossible(mistakes, len(plans))
+
+
+def _is_sweep(argument: str) -> bool:
+    return any(override.is_sweep_override() for override in OverridesParser.create().parse_overrides([argument]))
+
+
+def _study_parameters(config: DictConfig) -> dict[str, str]:
+    """What a configuration file sweeps over, `hydra.sweeper.params`."""
+    params = OmegaConf.select(config, "hydra.sweeper.params")
+    return {} if params is None else {str(key): str(values) for key, values in params.items()}
+
+
+def launching_of(config: DictConfig, name: str) -> Launching:
+    """How a composed configuration's run is started; `name` is the sweep's unless it says its own."""
+    return Launching(
+        root=Path(config.sweeps_dir) / str(config.sweep or name),
+        runs_dir=Path(config.runs_dir),
+        sweeps_dir=Path(config.sweeps_dir),
+        executor=dict(OmegaConf.to_container(config.executor, resolve=True)),  # type: ignore[arg-type]
+        plan=config.plan,
+    )
+
+
+def sweep_name(typed: Sequence[str]) -> str:
+    """The same for the same command, so that typing it again continues the sweep: what varies, and a digest.
+
+    Example: `algorithm-reward-seed-3f2a91`.
+    """
+    said = sorted(o for o in typed if key_of(o).split(".")[0] not in LAUNCHING)
+    varying = [key_of(o).split(".")[-1].replace("/", ".") for o in typed if _is_sweep(o)]
+    return "-".join([*varying, sha256("\n".join(said).encode()).hexdigest()[:6]])

@@ -1,0 +1,106 @@
+"""Starting what was composed: say it only, run it here, or freeze it and hand it over."""
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from rlhf_lab.console import Console
+from rlhf_lab.launch.compose import Plan, plan_run
+from rlhf_lab.launch.execute import RunFailed, execute, preflight
+from rlhf_lab.launch.executors import Here
+from rlhf_lab.launch.multirun import Launching, check_points, launching_of, plan_points
+from rlhf_lab.launch.sweep import SUBMISSION, Sweep, freeze
+from rlhf_lab.run import code_state
+from rlhf_lab.types import Metrics
+
+
+def start_run(config: DictConfig, overrides: Sequence[str], choices: Mapping[str, str]) -> float | None:
+    """One run: here, or submitted alone.
+
+    Returns:
+        The metric that `returns` names, for a sweeper that asked for the run.
+
+    Raises:
+        ValueError: the run has no such metric.
+    """
+    within = None if config.sweep is None else Path(config.sweeps_dir) / str(config.sweep)
+    plan = plan_run(config, overrides, choices, within)
+    how = launching_of(config, "")
+    if how.plan:
+        preflight(plan)
+        _forecast([plan], how)
+        return None
+    executor = instantiate(how.executor)
+    if isinstance(executor, Here):
+        return _returned(execute(plan), config.returns, plan)
+    preflight(plan)
+    if config.returns is not None:
+        raise ValueError(f"returns={config.returns} is known when the run is over; use executor=here")
+    _submit(plan.directory / SUBMISSION, [plan], how)
+    return None
+
+
+def start_sweep(typed: Sequence[str]) -> int:
+    """All points of a sweep: checked, frozen, then run here or handed over. Returns the exit code."""
+    plans, how = plan_points(typed)
+    check_points(plans)
+    if how.plan:
+        _forecast(plans, how)
+        return 0
+    if isinstance(instantiate(how.executor), Here):
+        return _one_after_the_other(_freeze(how.root, plans, how), plans)
+    _submit(how.root, plans, how)
+    return 0
+
+
+def _freeze(root: Path, plans: Sequence[Plan], how: Launching) -> Sweep:
+    command = f"python launch.py {shlex.join(sys.argv[1:])}"
+    kind = instantiate(how.executor).kind
+    settings = {key: value for key, value in how.executor.items() if key != "_target_"}
+    return freeze(root, plans, command=command, git=code_state(), executor={"kind": kind, **settings})
+
+
+def _submit(root: Path, plans: Sequence[Plan], how: Launching) -> None:
+    """Freeze the plans and hand them to the executor, which says what it was given."""
+    sweep = _freeze(root, plans, how)
+    instantiate(how.executor).submit(sweep)
+
+
+def _forecast(plans: Sequence[Plan], how: Launching) -> None:
+    from rlhf_lab.launch.forecast import show
+
+    show(plans, how)
+
+
+def _one_after_the_other(sweep: Sweep, plans: Sequence[Plan]) -> int:
+    """Run the points; one that stops does not stop the others."""
+    from rlhf_lab.launch.main import say_why
+    from rlhf_lab.report.sweep import build_sweep_report
+
+    console = Console()
+    console.say(f"sweep {sweep.root}: {len(plans)} runs")
+    stopped: list[int] = []
+    for i, plan in enumerate(plans, 1):
+        console.say(f"[{i}/{len(plans)}] {plan.directory.name}")
+        try:
+            execute(plan)
+        except (ValueError, RunFailed) as error:
+            stopped.append(say_why(error, list(plan.overrides), prefix=f"{' '.join(plan.overrides)}: "))
+    console.say(f"the sweep's page: {build_sweep_report(sweep.root)}")
+    if stopped:
+        console.say(f"error: {len(stopped)} of {len(plans)} runs of the sweep did not finish")
+    return min(stopped, default=0)
+
+
+def _returned(metrics: Metrics, name: str | None, plan: Plan) -> float | None:
+    if name is None:
+        return None
+    metrics = metrics or json.loads((plan.directory / "status.json").read_text())["metrics"]  # finished before
+    if name not in metrics:
+        raise ValueError(f"returns={name}, but {plan.directory} measured no such metric; it has {sorted(metrics)}")
+    return metrics[name]
