@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import join, positions
+from rlhf_lab.engine import ranks
 from rlhf_lab.types import Count, Fraction, NonNegative, NonNegativeCount, PromptBatch, Rollout, batches
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ class Generator:
     def generate(self, prompts: PromptBatch, samples: int, seed: int) -> Rollout:
         """`samples` responses to each prompt; responses to one prompt are neighbours.
 
+        Each rank answers its share of the prompts, with the numbers that these prompts have alone.
+
         Args:
             seed: of the uniform numbers that choose the tokens; equal seeds give equal responses.
 
@@ -108,17 +111,22 @@ class Generator:
             )
         total, steps = len(prompts) * samples, self.sampling.max_new_tokens
         uniform = torch.rand(total, steps, generator=torch.Generator().manual_seed(seed))
-        tokens = torch.full((total, steps), self.template.pad)
-        logprobs = torch.zeros(total, steps)
-        mask = torch.zeros(total, steps, dtype=torch.bool)
-        finished = torch.zeros(total, dtype=torch.bool)
+        responses = torch.arange(total).view(len(prompts), samples)  # the rows of each prompt
+        mine = ranks.share(torch.arange(len(prompts)))
+        uniform = uniform[responses[mine].view(-1)]
+        tokens = torch.full((len(uniform), steps), self.template.pad)
+        logprobs = torch.zeros(len(uniform), steps)
+        mask = torch.zeros(len(uniform), steps, dtype=torch.bool)
+        finished = torch.zeros(len(uniform), dtype=torch.bool)
 
         at_once = max(1, self.sampling.batch_size // samples)
-        for part in batches(len(prompts), at_once):
+        for part in batches(len(mine), at_once):
             rows = slice(part.start * samples, part.stop * samples)
-            self._respond(prompts.tokens[part], prompts.attention_mask[part], samples, uniform[rows],
+            self._respond(prompts.tokens[mine[part]], prompts.attention_mask[mine[part]], samples, uniform[rows],
                           tokens[rows], logprobs[rows], mask[rows], finished[rows])  # fmt: skip
 
+        back = ranks.dealt(responses).view(-1).argsort()  # from the order of the ranks to that of the rows
+        tokens, logprobs, mask, finished = (ranks.gather_rows(x)[back] for x in (tokens, logprobs, mask, finished))
         width = int(mask.any(0).sum())
         tokens, logprobs, mask = tokens[:, :width], logprobs[:, :width], mask[:, :width]
         repeat = torch.arange(len(prompts)).repeat_interleave(samples)

@@ -8,7 +8,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from rlhf_lab.engine.score import microbatches
+from rlhf_lab.engine import ranks
+from rlhf_lab.engine.score import own_microbatches
 from rlhf_lab.seeds import generator
 from rlhf_lab.types import Count, Fraction, Metrics, NonNegative, NonNegativeCount, Positive, Term
 
@@ -137,16 +138,17 @@ class Learner:
         return sums
 
     def accumulate(self, part: Part) -> Metrics:
-        """Add the gradient of one minibatch's loss to the modules; returns the mean of each term.
+        """Add this rank's part of the gradient of one minibatch's loss to the modules; returns the mean of each term.
 
-        The counts are those of the whole minibatch, so the gradient does not depend on the microbatches.
+        The counts are those of the whole minibatch, so the gradient depends neither on the microbatches nor, once it
+        is summed over the ranks, on how many these are.
         """
         device = next(next(iter(self.modules.values())).parameters()).device
         rows = len(part.batch)
         mask = getattr(part.batch, "token_mask", None)
         counts = {"row": rows, "token": 0 if mask is None else int(mask.sum())}
         means: dict[str, float] = {}
-        for index in microbatches(part.batch.lengths, self.tokens_at_once):
+        for index in own_microbatches(part.batch.lengths, self.tokens_at_once):
             microbatch = part.batch.select(index).to(device)
             total = torch.zeros((), device=device)
             for term in part.loss(part.forward(microbatch), microbatch):
@@ -156,7 +158,7 @@ class Learner:
                 if term.weight:
                     total = total + part.weight * term.weight * mean
             total.backward()
-        return means
+        return ranks.sum_by_name(means)
 
     def _step(self, parts: Sequence[Part]) -> Metrics:
         self.optimiser.zero_grad(set_to_none=True)
@@ -164,6 +166,7 @@ class Learner:
         for part in parts:
             metrics |= self.accumulate(part)
         for name, module in self.modules.items():
+            ranks.sum_gradients(module.parameters())
             norm = nn.utils.clip_grad_norm_(module.parameters(), self.max_grad_norm)
             metrics[f"grad_norm/{name}"] = norm.item()
         if broken := [name for name, value in metrics.items() if not math.isfinite(value)]:
@@ -179,6 +182,13 @@ class Learner:
         return metrics | {"lr": next(iter(self.lr.values())) * factor}
 
     def state_dict(self) -> dict[str, Any]:
+        """What changes beside the modules; the ranks make sure first that they have the same ones.
+
+        Raises:
+            RuntimeError: they have not; a checkpoint of this would be a mixture.
+        """
+        for name, module in self.modules.items():
+            ranks.check_equal(f"weights of {name}", module.parameters())
         return {"updates": self.updates, "optimiser": self.optimiser.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -5,10 +5,11 @@ same decisions; what costs time is cut by `share`, done by one rank each, and pu
 method never meets a rank. Every rank must reach every function here that sends: a rank that fails ends the others.
 """
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, distributed, nn
@@ -20,14 +21,22 @@ PATIENCE = timedelta(minutes=30)  # for a rank that writes, or asks a judge, whi
 def start(device: torch.device) -> None:
     """Join the other processes of this run, where a launcher (elastic, torchrun, accelerate) started several.
 
-    Tensors on the CPU travel by gloo, those on a GPU by nccl.
+    Tensors on the CPU travel by gloo, those on GPUs by nccl, which wants a GPU for each rank; ranks that share one
+    send by gloo.
+
+    Raises:
+        ValueError: the device is one certain GPU, which all ranks would take.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or distributed.is_initialized():
         return
     backend = "gloo"
     if device.type == "cuda":
-        torch.cuda.set_device(local_rank())
-        backend = "cpu:gloo,cuda:nccl"
+        if device.index is not None:
+            raise ValueError(f"hardware.device={device} with several processes; use cuda, so that each takes its own")
+        there = torch.cuda.device_count()
+        torch.cuda.set_device(local_rank() % there)
+        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= there:
+            backend = "cpu:gloo,cuda:nccl"
     distributed.init_process_group(backend, timeout=PATIENCE)
 
 
@@ -58,9 +67,18 @@ def is_first() -> bool:
     return rank() == 0 if distributed.is_initialized() else os.environ.get("RANK", "0") == "0"
 
 
-def share(items: Sequence[Item]) -> Sequence[Item]:
+@overload
+def share(items: Tensor) -> Tensor: ...
+@overload
+def share(items: Sequence[Item]) -> Sequence[Item]: ...
+def share(items: Any) -> Any:
     """This rank's part, every world-th: of items sorted by size all ranks get a like amount of work, perhaps none."""
     return items[rank() :: world()]
+
+
+def dealt(items: Tensor) -> Tensor:
+    """The items in the order in which `gather_rows` returns what the ranks made of their shares of them."""
+    return torch.cat([items[one :: world()] for one in range(world())])
 
 
 def gather_rows(rows: Tensor | None) -> Tensor:
@@ -83,11 +101,12 @@ def gather_rows(rows: Tensor | None) -> Tensor:
     if len(found) != 1:
         raise ValueError(f"the ranks have rows of {sorted(map(str, found)) or 'no kind'}; they must all be of one")
     ((shape, dtype),) = found
-    sizes = gather(len(mine))
+    counts = [0 if kind is None else kind[0][0] for kind in kinds]
+    sizes = [count * math.prod(shape) * dtype.itemsize for count in counts]
     parts = [torch.empty(max(sizes), dtype=torch.uint8) for _ in sizes]
     distributed.all_gather(parts, nn.functional.pad(mine, (0, max(sizes) - len(mine))))
     whole = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-    return whole.view(dtype).view(sum(kind[0][0] for kind in kinds if kind is not None), *shape)
+    return whole.view(dtype).view(sum(counts), *shape)
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -119,6 +138,22 @@ def sum_by_name(values: dict[str, float]) -> dict[str, float]:
         for name, value in part.items():
             sums[name] = sums.get(name, 0.0) + value
     return sums
+
+
+def check_equal(what: str, tensors: Iterable[Tensor]) -> None:
+    """Make sure that what all ranks computed for themselves is the same everywhere, to the bit, by its sums of bytes.
+
+    Raises:
+        RuntimeError: it is not, on any rank; nothing that is made of it can be trusted.
+    """
+    if world() == 1:
+        return
+    sums = [int(x.detach().contiguous().view(-1).view(torch.uint8).sum(dtype=torch.int64)) for x in tensors]
+    if len(set(map(tuple, gather(sums)))) > 1:
+        raise RuntimeError(
+            f"the {world()} processes of this run no longer have the same {what}: one of them computed something else; "
+            "run on nodes of one kind, or with num_processes=1"
+        )
 
 
 def gather(value: Any) -> list[Any]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rlhf_lab.engine import ranks
 from rlhf_lab.engine.forward import critic_values, policy_forward
 from rlhf_lab.engine.models import Critics
 from rlhf_lab.interfaces import RewardSource
@@ -20,12 +21,19 @@ def by_length(
 ) -> Tensor:
     """Apply `compute` ((b, …) rows -> (b, …)) to rows of similar length together, within a token budget.
 
-    Returns the results in the order of the rows, on the CPU.
+    Returns the results in the order of the rows, on the CPU. Each rank computes its share of the rows.
     """
-    parts = microbatches(sequences.lengths, tokens_at_once)
-    order = torch.cat(parts)
-    results = torch.cat([compute(sequences.select(part).to(device)).cpu() for part in parts])
+    parts = own_microbatches(sequences.lengths, tokens_at_once)
+    mine = [compute(sequences.select(part).to(device)).cpu() for part in parts]
+    results = ranks.gather_rows(torch.cat(mine) if mine else None)
+    order = ranks.dealt(sequences.lengths.argsort(stable=True))
     return torch.empty_like(results).index_copy_(0, order, results)
+
+
+def own_microbatches(lengths: Tensor, tokens_at_once: int) -> list[Tensor]:
+    """The microbatches of this rank's share of the rows; perhaps none. Alone: those of all rows."""
+    mine = ranks.share(lengths.argsort(stable=True))
+    return [mine[group] for group in microbatches(lengths[mine], tokens_at_once)]
 
 
 def microbatches(lengths: Tensor, tokens_at_once: int) -> list[Tensor]:
