@@ -17,11 +17,12 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_lab.launch.check import check
+from rlhf_lab.redaction import refuse_secrets
 
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST_SUFFIX = 60
 # what does not belong into a run's name, since it does not change its results or says where they are
-_INCIDENTAL = {"name", "runs_dir", "artifacts", "debug", "hardware", "tracker"}
+_INCIDENTAL = {"name", "runs_dir", "artifacts", "keep_checkpoints", "debug", "hardware", "tracker"}
 # how a run is started, which is no part of what it is
 LAUNCHING = ("executor", "num_processes", "plan", "returns", "sweep", "sweeps_dir")
 
@@ -222,7 +223,7 @@ def plan_run(
 
     Raises:
         BadConfig: a key, a type or a range is wrong.
-        ValueError: something was typed that the run does not read.
+        ValueError: something was typed that the run does not read, or holds a secret.
     """
     config = config.copy()
     reached = _reached(config)
@@ -233,9 +234,11 @@ def plan_run(
     if config.name is None:
         config.name = default_name(overrides, choices, config, reached)
     _shrink(config, {key_of(override) for override in overrides})
+    refuse_secrets({key_of(o): o.partition("=")[2] for o in overrides}, "command line")
     check(_settle(config, reached))  # before the artifacts are looked at, so that a typo is refused at once
     with _collecting() as needs:
         settled = _settle(config, reached)
+    refuse_secrets(settled, "configuration")
     return Plan(
         directory=Path(settled["runs_dir"]) / settled["name"] if within is None else within / flat(settled["name"]),
         config={key: value for key, value in settled.items() if key not in LAUNCHING},

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_lab.launch.compose import ROOT, register_resolvers
+from rlhf_lab.redaction import redact
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 
@@ -86,6 +87,6 @@ def say_why(error: Exception, overrides: list[str], prefix: str = "") -> int:
     else:  # ours: no run directory has its traceback
         traceback.print_exception(error)
         code, message = FAILED, f"{type(error).__name__}: {error}"
-    for line in message.splitlines():
+    for line in redact(message).splitlines():
         print(f"error: {prefix}{line}", file=sys.stderr)
     return code
