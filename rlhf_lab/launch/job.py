@@ -1,0 +1,300 @@
+"""What a job of the cluster or of the pool does: start a worker, pass requests on to it, and outlive its death.
+
+Only the standard library is imported here, so that a job is listening long before its worker has loaded torch.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, MappingProxyType
+from typing import IO, Any
+
+FINISHED, FAILED, REFUSED, STOPPED = 0, 1, 2, 75  # what a worker's exit code says
+REQUESTS = (signal.SIGUSR2, signal.SIGTERM)
+POLL_S = 0.2
+HURRY_S = 10  # of the grace: kept for requeuing
+_PR_SET_PDEATHSIG = 1
+_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+
+class JobFailed(RuntimeError):
+    """The run of this job will not get further by itself; for SLURM the job is FAILED."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A frozen plan, as far as a job needs to know it."""
+
+    root: Path
+    digest: str
+    directory: Path
+    num_processes: int
+    needs: tuple[str, ...]
+
+    @classmethod
+    def read(cls, root: Path, digest: str) -> "Task":
+        """The plan with that digest in the sweep `root`."""
+        stored = json.loads((root / "plans" / f"{digest}.json").read_text())
+        return cls(
+            root=root,
+            digest=digest,
+            directory=Path(stored["directory"]),
+            num_processes=stored["num_processes"],
+            needs=tuple(stored["needs"]),
+        )
+
+    @property
+    def is_finished(self) -> bool:
+        return status(self.directory).get("state") == "finished"
+
+    def unfinished(self) -> "Task | None":
+        """The first of what it needs that is not there."""
+        return next((one for one in (Task.read(self.root, need) for need in self.needs) if not one.is_finished), None)
+
+    def made(self) -> frozenset[str]:
+        """What the run has written so far, by name: a file that is new is work that was not lost."""
+        found = self.directory.rglob("*") if self.directory.exists() else ()
+        return frozenset(str(path.relative_to(self.directory)) for path in found if not path.name.startswith("."))
+
+    def command(self) -> list[str]:
+        """What does the run: one process, or as many as it wants on all nodes together."""
+        nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) if in_slurm() else 1
+        module = "worker" if self.num_processes == 1 and nodes == 1 else "processes"
+        return [sys.executable, "-u", "-m", f"rlhf_lab.launch.{module}", str(self.root), self.digest]
+
+
+def status(directory: Path) -> dict[str, Any]:
+    """What the run in a directory last said of itself; {} if nothing, or nothing that can be read."""
+    try:
+        return json.loads((directory / "status.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def note_failure(directory: Path, error: str) -> None:
+    """Say in status.json why the run is over, unless the run said so itself."""
+    before = status(directory)
+    if before.get("state") in ("failed", "finished"):
+        return
+    now = time.strftime("%F %T")
+    after = {"started": now, "seconds": 0.0, "sittings": 0, **before, "state": "failed", "updated": now, "error": error}
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / f".status.json.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(after, indent=1))
+    temporary.replace(directory / "status.json")
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it ends, however that ends."""
+    if _PRCTL is not None:
+        _PRCTL(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+
+
+def _as_a_worker() -> None:
+    """In the new process, before it runs: deaf until it listens, since the default answer to USR2 is to die."""
+    die_with_parent()
+    for number in REQUESTS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def in_slurm() -> bool:
+    """Whether this process was started by a job of SLURM that was submitted here, and not merely inside of one."""
+    return os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+
+
+def is_first_node() -> bool:
+    """Whether this is the node of a job that speaks for it."""
+    return not in_slurm() or os.environ.get("SLURM_PROCID", "0") == "0"
+
+
+class Requests:
+    """The signals that asked this process to stop, since `listen`."""
+
+    def __init__(self) -> None:
+        self.came: list[signal.Signals] = []
+        self.since = 0.0  # when the first one came
+        self._before: dict[signal.Signals, Any] = {}
+
+    def listen(self) -> None:
+        self._before = {number: signal.signal(number, self._note) for number in REQUESTS}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.came:
+            self.since = time.monotonic()
+        self.came.append(signal.Signals(number))
+
+    def pass_on(self, number: signal.Signals) -> None:
+        """To whoever handled that signal before; submitit's handler requeues the job and does not return."""
+        before = self._before[number]
+        assert callable(before), f"nobody handled {number.name} before"
+        before(number, None)
+
+
+class Supervisor:
+    """Does the run of a task in a worker of its own, started again when it is killed.
+
+    Args:
+        restarts: how often a worker that was killed is started again without having made anything new in between.
+        grace_s: how long after a request the end of the worker is waited for.
+        log: where what it says goes; none: where this process says its own.
+        environment: of the worker, beside what this process has.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        requests: Requests,
+        *,
+        restarts: int,
+        grace_s: float,
+        log: IO[str] | None = None,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.task, self.requests, self.restarts, self.grace_s = task, requests, restarts, grace_s
+        self.log, self.environment = log, environment
+        self._kills = 0
+        self._made: frozenset[str] = frozenset()
+        self._worker: subprocess.Popen[bytes] | None = None
+
+    def wait(self) -> int:
+        """Until it is over; returns what `poll` does."""
+        while (code := self.poll()) is None:
+            time.sleep(POLL_S)
+        return code
+
+    def poll(self) -> int | None:
+        """How it ended, as a worker's exit code, or None if it goes on; to be called several times a second.
+
+        STOPPED is also said when the grace ran out.
+        """
+        if self._worker is None:
+            return self._begin()
+        code = self._worker.poll()
+        if code is None:
+            return self._pass_on() if self.requests.came else None
+        if self.requests.came and code not in (FINISHED, FAILED, REFUSED):
+            return STOPPED
+        if code < 0:
+            return self._again(signal.Signals(-code).name)
+        if code not in (FINISHED, REFUSED, STOPPED):
+            note_failure(self.task.directory, f"the worker ended with exit code {code}; see its log")
+            return FAILED
+        return code
+
+    def _begin(self) -> int | None:
+        if self.requests.came:
+            return STOPPED
+        if needed := self.task.unfinished():
+            said = status(needed.directory)
+            reason = said.get("error") or f"it is {said.get('state', 'not there')}"
+            error = f"it needs {needed.directory}, which did not finish: {reason}"
+            note_failure(self.task.directory, error)
+            say(f"error: {self.task.directory}: {error}", self.log)
+            return FAILED
+        self._made = self.task.made()
+        self._worker = subprocess.Popen(
+            self.task.command(),
+            env={**os.environ, **self.environment},
+            preexec_fn=_as_a_worker,
+            start_new_session=True,  # a group of its own, so that a request reaches every rank
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=self.log,
+        )
+        return None
+
+    def _pass_on(self) -> int | None:
+        """Ask the worker, again and again, since it may only just have begun to listen."""
+        assert self._worker is not None
+        with suppress(ProcessLookupError):
+            os.killpg(self._worker.pid, signal.SIGUSR2)  # whatever the request was: save and stop
+        if time.monotonic() - self.requests.since <= self.grace_s:
+            return None
+        say(f"no step ended within {self.grace_s:.0f} s; the last checkpoint counts", self.log)
+        return STOPPED
+
+    def _again(self, name: str) -> int | None:
+        self._kills = 1 if self.task.made() - self._made else self._kills + 1
+        if self._kills > self.restarts:
+            note_failure(self.task.directory, f"killed by {name} {self._kills} times without getting any further")
+            return FAILED
+        say(f"the worker was killed by {name}; starting it again ({self._kills} of {self.restarts})", self.log)
+        self._worker = None
+        return None
+
+
+def say(line: str, log: IO[str] | None = None) -> None:
+    """A line in the log of the job."""
+    print(f"{time.strftime('%F %T')} {line}", file=log or sys.stdout, flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunJob:
+    """The callable that SLURM's job runs: one frozen plan, as often as the job is started.
+
+    Fields:
+        restarts: see `Supervisor`; also how often the job is requeued after the whole of it was killed.
+        grace_s: seconds between SLURM's warning and its kill.
+        log: the folder with the jobs' logs.
+    """
+
+    root: str
+    digest: str
+    restarts: int
+    grace_s: float
+    log: str
+
+    def __call__(self) -> None:
+        """Returns when the run is finished; requeues the job when it was asked to stop.
+
+        Raises:
+            JobFailed: the run failed, was refused, or was killed too often.
+            SystemExit: it was stopped by a person.
+        """
+        requests = Requests()
+        requests.listen()
+        task = Task.read(Path(self.root), self.digest)
+        if is_first_node():
+            self._forget_kills(task)
+        grace_s = max(self.grace_s - HURRY_S, 1)
+        code = Supervisor(task, requests, restarts=self.restarts, grace_s=grace_s).wait()
+        if code == FINISHED:
+            return
+        if code != STOPPED:
+            raise JobFailed(f"{task.directory}: {status(task.directory).get('error') or 'failed'}")
+        if not requests.came or (signal.SIGUSR2 not in requests.came and _is_cancelled()):
+            say(f"{task.directory} was stopped on request")
+            sys.exit(STOPPED)
+        if not is_first_node():
+            time.sleep(self.grace_s)  # the first node requeues the job, which ends this process
+        requests.pass_on(signal.SIGUSR2)
+
+    def checkpoint(self) -> Any:
+        """What submitit runs after a requeue: the same again, which continues the run."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+    def _forget_kills(self, task: Task) -> None:
+        """What the batch script counts begins anew once the run got further (see `slurm.TEARDOWN`)."""
+        array, place = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+        job = f"{array}_{place}" if array else os.environ.get("SLURM_JOB_ID", "none")
+        killed, before = Path(self.log) / f"{job}.killed", Path(self.log) / f"{job}.made"
+        if killed.exists() and before.exists() and task.made() - set(before.read_text().splitlines()):
+            killed.unlink()
+        before.write_text("\n".join(sorted(task.made())))
+
+
+def _is_cancelled() -> bool:
+    """Whether SLURM ends this job for good; a job that it preempts is running until its grace is over."""
+    asked = ["squeue", "--noheader", "--format=%T", f"--jobs={os.environ['SLURM_JOB_ID']}"]
+    answer = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return answer.stdout.split() != ["RUNNING"]
