@@ -1,0 +1,212 @@
+"""Supervisors of real processes that really die."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import cloudpickle
+import pytest
+
+from rlhf_lab.launch.job import (
+    FAILED,
+    FINISHED,
+    REFUSED,
+    STOPPED,
+    Requests,
+    RunJob,
+    Supervisor,
+    Task,
+    note_failure,
+    status,
+)
+from rlhf_lab.launch.pool import process_started, ready
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scripted(Task):
+    """A task whose worker is a script, run in the run's directory."""
+
+    script: str
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-c", f"import os; os.chdir({str(self.directory)!r})\n{self.script}"]
+
+
+def scripted(directory: Path, script: str, needs: tuple[str, ...] = ()) -> Scripted:
+    directory.mkdir(parents=True, exist_ok=True)
+    return Scripted(root=directory.parent, digest="0", directory=directory, num_processes=1, needs=needs, script=script)
+
+
+def end_of(task: Task, restarts: int = 2, grace_s: float = 30) -> int:
+    return Supervisor(task, Requests(), restarts=restarts, grace_s=grace_s).wait()
+
+
+def eventually(condition: Callable[[], object], seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, f"waited {seconds} s in vain"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("exits", "means"), [(0, FINISHED), (1, FAILED), (2, REFUSED), (75, STOPPED), (3, FAILED), (137, FAILED)]
+)
+def test_the_end_of_a_worker_is_the_end_of_its_run(tmp_path, exits, means):
+    assert end_of(scripted(tmp_path / "run", f"os._exit({exits})")) == means
+
+
+def test_a_worker_that_dies_without_a_word_leaves_a_failed_run(tmp_path):
+    end_of(scripted(tmp_path / "run", "os._exit(3)"))
+    said = status(tmp_path / "run")
+    assert (said["state"], said["error"]) == ("failed", "the worker ended with exit code 3; see its log")
+
+
+DIES_AT_ONCE = "open('tries', 'a').write('.'); os.kill(os.getpid(), 9)"
+GETS_FURTHER = """
+n = len(os.listdir('.'))
+if n == 5: os._exit(0)
+open(f'step_{n}', 'w').close()
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("restarts", [0, 1, 3])
+def test_a_worker_that_is_killed_is_started_again_so_often_and_no_more(tmp_path, restarts):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "tries").touch()
+    assert end_of(scripted(run, DIES_AT_ONCE), restarts=restarts) == FAILED
+    assert len((run / "tries").read_text()) == restarts + 1
+    assert "killed by SIGKILL" in status(run)["error"]
+
+
+def test_a_worker_that_gets_further_before_each_kill_is_always_started_again(tmp_path):
+    assert end_of(scripted(tmp_path / "run", GETS_FURTHER), restarts=1) == FINISHED
+
+
+def test_a_run_does_not_start_without_what_it_needs_and_says_why_that_is_not_there(tmp_path):
+    plan = {"directory": str(tmp_path / "model"), "num_processes": 1, "needs": [], "config": {}, "overrides": []}
+    (tmp_path / "plans").mkdir()
+    (tmp_path / "plans" / "m.json").write_text(json.dumps(plan))
+    task = scripted(tmp_path / "run", "open('started', 'w')", needs=("m",))
+    assert end_of(task) == FAILED
+    assert not (tmp_path / "run" / "started").exists()
+    assert status(tmp_path / "run")["error"] == f"it needs {tmp_path / 'model'}, which did not finish: it is not there"
+    note_failure(tmp_path / "model", "the loss is not finite")
+    (tmp_path / "run" / "status.json").unlink()
+    end_of(task)
+    assert status(tmp_path / "run")["error"].endswith("which did not finish: the loss is not finite")
+
+
+def test_what_a_run_says_of_its_own_end_stays(tmp_path):
+    for state in ("failed", "finished"):
+        (tmp_path / "status.json").write_text(json.dumps({"state": state, "error": "its own"}))
+        note_failure(tmp_path, "another")
+        assert status(tmp_path) == {"state": state, "error": "its own"}
+
+
+SUPERVISES = """
+import sys
+from pathlib import Path
+from rlhf_lab.launch.job import Requests, Supervisor
+from tests.launch.test_job import scripted
+requests = Requests()
+requests.listen()
+task = scripted(Path(sys.argv[1]), sys.argv[2])
+sys.exit(Supervisor(task, requests, restarts=1, grace_s=float(sys.argv[3])).wait())
+"""
+SAVES_WHEN_ASKED = """
+import signal, time
+asked = []
+{before}
+signal.signal(signal.SIGUSR2, lambda number, frame: asked.append(number))
+open('listens', 'w').close()
+while not asked: time.sleep(0.01)
+open('saved', 'w').close()
+os._exit(75)
+"""
+
+
+def supervisor_of(run: Path, script: str, grace_s: float = 60) -> subprocess.Popen[bytes]:
+    run.mkdir()
+    return subprocess.Popen(
+        [sys.executable, "-c", SUPERVISES, str(run), script, str(grace_s)],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+
+
+@pytest.mark.parametrize("request_", [signal.SIGUSR2, signal.SIGTERM])
+def test_a_request_reaches_the_worker_which_saves(tmp_path, request_):
+    supervisor = supervisor_of(tmp_path / "run", SAVES_WHEN_ASKED.format(before=""))
+    eventually((tmp_path / "run" / "listens").exists)
+    supervisor.send_signal(request_)
+    assert supervisor.wait(60) == STOPPED
+    assert (tmp_path / "run" / "saved").exists()
+
+
+def test_a_request_to_the_whole_step_while_the_worker_is_still_loading_is_heard_too(tmp_path):
+    """SLURM signals every process of a step, at any time; a process that has no handler yet would die of USR2."""
+    before = "open('loads', 'w').write(str(os.getpid())); time.sleep(2)"
+    supervisor = supervisor_of(tmp_path / "run", SAVES_WHEN_ASKED.format(before=before))
+    loads = tmp_path / "run" / "loads"
+    eventually(lambda: loads.exists() and loads.read_text())
+    for process in (int(loads.read_text()), supervisor.pid):
+        os.kill(process, signal.SIGUSR2)
+    assert supervisor.wait(60) == STOPPED
+    assert (tmp_path / "run" / "saved").exists()
+
+
+def test_when_the_grace_is_over_the_job_goes_on_without_the_worker_which_dies_with_it(tmp_path):
+    script = "open('loads', 'w').write(str(os.getpid()))\nimport time\ntime.sleep(600)"
+    supervisor = supervisor_of(tmp_path / "run", script, grace_s=0.5)
+    loads = tmp_path / "run" / "loads"
+    eventually(lambda: loads.exists() and loads.read_text())
+    supervisor.send_signal(signal.SIGUSR2)
+    assert supervisor.wait(60) == STOPPED
+    eventually(lambda: process_started(int(loads.read_text())) is None)
+
+
+def test_a_worker_does_not_outlive_a_supervisor_that_is_killed(tmp_path):
+    script = "open('loads', 'w').write(str(os.getpid()))\nimport time\ntime.sleep(600)"
+    supervisor = supervisor_of(tmp_path / "run", script)
+    loads = tmp_path / "run" / "loads"
+    eventually(lambda: loads.exists() and loads.read_text())
+    supervisor.kill()
+    supervisor.wait()
+    eventually(lambda: process_started(int(loads.read_text())) is None)
+
+
+def test_a_job_travels_by_name_and_wakes_without_torch(tmp_path):
+    job = RunJob(root=str(tmp_path), digest="0", restarts=1, grace_s=10, log=str(tmp_path))
+    (tmp_path / "job.pkl").write_bytes(cloudpickle.dumps(job))
+    assert len((tmp_path / "job.pkl").read_bytes()) < 1000
+    wakes = "import pickle, sys; job = pickle.load(open(sys.argv[1], 'rb')); print(job.digest, 'torch' in sys.modules)"
+    said = subprocess.run(
+        [sys.executable, "-c", wakes, str(tmp_path / "job.pkl")],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout.split() == ["0", "False"]
+    again = job.checkpoint()
+    assert again.function == job
+
+
+def test_a_pool_starts_what_waits_for_nothing(tmp_path):
+    def task(digest: str, *needs: str) -> Task:
+        return Task(root=tmp_path, digest=digest, directory=tmp_path / digest, num_processes=1, needs=needs)
+
+    sft, model, run, other = task("sft"), task("model", "sft"), task("run", "model", "there already"), task("other")
+    assert ready([sft, model, run, other], []) == [sft, other]
+    assert ready([model, run, other], [sft]) == [other]
+    assert ready([run], []) == [run]
