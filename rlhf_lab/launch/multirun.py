@@ -136,5 +136,5 @@ def sweep_name(typed: Sequence[str]) -> str:
     Example: `algorithm-reward-seed-3f2a91`.
     """
     said = sorted(o for o in typed if key_of(o).split(".")[0] not in LAUNCHING)
-    varying = [key_of(o).split(".")[-1].replace("/", ".") for o in typed if _is_sweep(o)]
+    varying = sorted(key_of(o).split(".")[-1].replace("/", ".") for o in typed if _is_sweep(o))
     return "-".join([*varying, sha256("\n".join(said).encode()).hexdigest()[:6]])

@@ -55,8 +55,8 @@ def test_what_only_some_points_can_read_is_refused_for_the_others(untouched: Pat
 
 
 def test_a_path_that_is_not_there_is_refused_for_its_point_before_anything_starts(untouched: Path):
-    plans, _ = plan_points(["algorithm=ppo", "reward=single", "model.policy=nowhere,also/not", *places(untouched)])
-    with pytest.raises(ImpossiblePoints, match=r"model.policy=nowhere.*\n.*also/not.*\n2 of 2 points"):
+    plans, _ = plan_points(["algorithm=ppo", "reward=single", "model.policy=nowhere,neither", *places(untouched)])
+    with pytest.raises(ImpossiblePoints, match=r"model.policy=nowhere.*\n.*neither.*\n2 of 2 points"):
         check_points(plans)
     assert not untouched.exists()
 
