@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 Theme = Mapping[str, str]
-Kind = Literal["train", "state", "points", "held_out", "limit", "gap", "span"]
+Kind = Literal["train", "state", "points", "held_out", "limit", "gap", "span", "band", "thread"]
 
 LIGHT: Theme = {
     "paper": "#ffffff",
@@ -64,7 +64,8 @@ class Curve:
         colour: a key of a `Theme`.
         kind: "train", a line, smoothed over a thin one; "state", a line as it is; "points", unjoined;
             "held_out", joined markers with intervals; "limit", dashed; "gap", upright strokes from `y` to `to`; "span",
-            shade where `y` is above 0.
+            shade where `y` is above 0; "band", a line in the shade of its intervals; "thread", a thin line without a
+            name, which stands behind such a line.
         ci: (n,) half widths of 95% intervals in units of y, or none.
         to: (n,) where the strokes of a gap end.
         marker: of the points of "held_out".
@@ -82,12 +83,21 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Panel:
-    """One pair of axes and what is on them."""
+    """One pair of axes and what is on them.
+
+    Args:
+        ticks: positions on x and what they are called; none for a scale of numbers.
+        y_range: lowest and highest value shown; None shows all of every curve.
+        has_legend: False where one legend stands for several panels.
+    """
 
     title: str
     x_label: str
     y_label: str
     curves: Sequence[Curve]
+    ticks: Sequence[tuple[float, str]] = ()
+    y_range: tuple[float, float] | None = None
+    has_legend: bool = True
 
 
 def png(panels: Sequence[Panel], theme: Theme, dpi: int) -> bytes:
@@ -110,8 +120,13 @@ def png(panels: Sequence[Panel], theme: Theme, dpi: int) -> bytes:
             axes_width, axes_height = width / columns - 0.87, 2.05
             box = (left / width, bottom / height, axes_width / width, axes_height / height)
             draw(figure.add_axes(box), content, theme)
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
+        return encode(figure)
+
+
+def encode(figure: Figure) -> bytes:
+    """Draw a figure as a PNG image; within the `rc_context` of its theme."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
     # a palette: a third of the bytes, twice per figure in every page
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(128, Image.Quantize.FASTOCTREE)
     buffer = io.BytesIO()
@@ -164,7 +179,12 @@ def draw(axes: Axes, content: Panel, theme: Theme) -> None:
         axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
         # plain labels: an exponent in the corner would sit on the title
         axis.set_major_formatter(tick_label)
-    if len(content.curves) > 1:
+    if content.ticks:
+        places, names = zip(*content.ticks, strict=True)
+        axes.set_xticks(places, names)
+    if content.y_range is not None:
+        axes.set_ylim(*content.y_range)
+    if content.has_legend and len(content.curves) > 1:
         axes.legend()
 
 
@@ -187,6 +207,13 @@ def draw_curve(axes: Axes, curve: Curve, colour: str) -> None:
                 x, y, yerr=curve.ci, color=colour, label=label, marker=curve.marker, markersize=5, markeredgewidth=0.8,
                 markeredgecolor=axes.get_facecolor(), linestyle=(0, (4, 2)), linewidth=1.1, elinewidth=1.4, capsize=2.5,
             )  # fmt: skip
+        case "band":
+            half_widths = np.zeros_like(y) if curve.ci is None else np.nan_to_num(curve.ci)
+            axes.fill_between(x, y - half_widths, y + half_widths, color=colour, alpha=0.16, linewidth=0)
+            axes.plot(x, y, color=colour, linewidth=1.8, label=label, marker=curve.marker if len(y) < 12 else None,
+                markersize=4)  # fmt: skip
+        case "thread":
+            axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.4)
         case "limit":
             axes.plot(x, y, color=colour, linewidth=1.4, linestyle=(0, (5, 3)), label=label)
         case "gap":
@@ -215,7 +242,10 @@ def rolling_mean(values: Array, radius: int) -> Array:
 
 def in_words(panels: Sequence[Panel]) -> str:
     """What stands for the picture when it is not seen: each curve's first and last value."""
-    return " ".join(f"{content.title}: {'; '.join(map(curve_in_words, content.curves))}." for content in panels)
+    return " ".join(
+        f"{content.title}: {'; '.join(curve_in_words(curve) for curve in content.curves if curve.kind != 'thread')}."
+        for content in panels
+    )
 
 
 def curve_in_words(curve: Curve) -> str:

@@ -103,29 +103,43 @@ def replace(path: Path, content: bytes) -> None:
 
 
 def render(run: Run, pictures: Sequence[Picture]) -> str:
+    limits = {cost: run.limit(cost) for cost in run.costs if math.isfinite(run.limit(cost))}
+    return (
+        templates()
+        .get_template("page.html.j2")
+        .render(
+            run=run,
+            verdict=verdict(run),
+            tables=tables(run),
+            limits=limits,
+            pictures=pictures,
+            comparisons=comparisons(run),
+            judge=judge_name(run),
+            verdicts=verdicts,
+            timings=timings(run),
+            not_finite=not_finite(run),
+            provenance=provenance(run.environment),
+        )
+    )
+
+
+def templates() -> Environment:
     # autoescape: prompts and responses are whatever a model wrote
-    templates = Environment(
+    environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"number": number, "signed": signed, "duration": duration, "clipped": clipped, "short": short}
-    limits = {cost: run.limit(cost) for cost in run.costs if math.isfinite(run.limit(cost))}
-    return templates.get_template("page.html.j2").render(
-        run=run,
-        verdict=verdict(run),
-        tables=tables(run),
-        limits=limits,
-        pictures=pictures,
-        comparisons=comparisons(run),
-        judge=judge_name(run),
-        verdicts=verdicts,
-        timings=timings(run),
-        not_finite=not_finite(run),
-        provenance=provenance(run.environment),
-    )
+    environment.filters |= {
+        "number": number,
+        "signed": signed,
+        "duration": duration,
+        "clipped": clipped,
+        "short": short,
+    }
+    return environment
 
 
 def verdicts(sample: Sample) -> Sequence[Verdict]:
