@@ -127,12 +127,16 @@ class _Submission:
         log = self.sweep.root / "log"
         executor = SlurmExecutor(log, max_num_timeout=self.settings.requeues)
         executor.update_parameters(**parameters(self.settings, self.sweep, self.code, name, after, len(tasks)))
+        log.mkdir(exist_ok=True)
+        before = set(log.iterdir())
         how = {"restarts": self.settings.restarts, "grace_s": self.settings.signal_delay_s, "log": str(log)}
         try:
             # what sbatch says is in the error; in a job, SLURM's variables would become options of the new job
             with redirect_stderr(StringIO()), _outside_of_a_job(), executor.batch():
                 sent = [executor.submit(RunJob(root=str(task.root), digest=task.digest, **how)) for task in tasks]
         except (FailedJobError, FailedSubmissionError) as error:
+            for unused in set(log.iterdir()) - before:
+                unused.unlink()
             lines = [line for line in str(error).splitlines() if line.strip()]
             reason = "; ".join(line.removeprefix("sbatch: error: ") for line in lines) or "no reason given"
             raise ValueError(

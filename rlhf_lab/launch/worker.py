@@ -7,22 +7,25 @@ import sys
 from pathlib import Path
 
 from rlhf_lab import stopping
-from rlhf_lab.launch.job import FINISHED, STOPPED, die_with_parent, note_failure
+from rlhf_lab.launch import outcome
+from rlhf_lab.launch.job import FAILED, FINISHED, STOPPED, die_with_parent, note_failure
 
 
 def main() -> None:
-    """Exit with what `work` returns."""
+    """Exit with what `work` returns; as one of several ranks, with what makes them end or start again together."""
     die_with_parent()
     stopping.listen()
     root, digest = sys.argv[1:]
-    sys.exit(work(Path(root), digest))
+    sys.exit(0 if outcome.is_settled() else outcome.settle(work(Path(root), digest)))
 
 
 def work(root: Path, digest: str) -> int:
     """Do the plan, and return an exit code as in `rlhf_lab.launch.job`."""
-    from rlhf_lab.launch.execute import execute  # torch, after this process has begun to listen
+    from rlhf_lab.engine import ranks  # torch, after this process has begun to listen
+    from rlhf_lab.launch.execute import execute
     from rlhf_lab.launch.main import say_why
     from rlhf_lab.launch.sweep import Sweep
+    from rlhf_lab.redaction import redact
 
     directory: Path | None = None
     overrides: list[str] = []
@@ -30,13 +33,18 @@ def work(root: Path, digest: str) -> int:
         plan = Sweep.read(root).plan(digest)
         directory, overrides = plan.directory, list(plan.overrides)
         execute(plan)
+        ranks.stop()
     except stopping.Stopped as stopped:
-        print(f"{directory} stopped: {stopped}", flush=True)
+        if ranks.is_first():
+            print(stopped, flush=True)
+        ranks.stop()
         return STOPPED
     except Exception as error:
+        if ranks.lost():  # all are started again, or another says why not
+            return FAILED
         code = say_why(error, overrides)
         if directory is not None:
-            note_failure(directory, (str(error).splitlines() or [type(error).__name__])[0])
+            note_failure(directory, redact((str(error).splitlines() or [type(error).__name__])[0]))
         return code
     return FINISHED
 
