@@ -1,5 +1,6 @@
 """What a person sees while a run runs: progress with rates and time left, sample tables, loud warnings, a summary."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,8 +9,6 @@ from rich.console import Console as Terminal
 from rich.markup import escape
 from rich.table import Table
 
-from rlhf_lab.types import Metrics
-
 SHOWN = {
     "gold/helpfulness/mean": "gold",
     "objective/scores": "reward",
@@ -17,6 +16,7 @@ SHOWN = {
     "lagrange/cost/lambda": "λ",
     "objective/kl": "kl",
     "completions/mean_length": "length",
+    "time/tokens_per_second": "tokens/s",
     "loss/nll": "nll",
     "loss/pairwise": "pairwise",
     "accuracy": "accuracy",
@@ -34,7 +34,8 @@ class Console:
     """Plain lines, so that a log file reads like the terminal did; one line every few seconds while work goes on."""
 
     def __init__(self) -> None:
-        self._terminal = Terminal(file=sys.stdout, soft_wrap=True, highlight=False)
+        silent = os.environ.get("RANK", "0") != "0"  # of several processes of one run, the first one speaks
+        self._terminal = Terminal(file=sys.stdout, soft_wrap=True, highlight=False, quiet=silent)
 
     def say(self, message: str) -> None:
         self._terminal.print(escape(message))
@@ -56,9 +57,9 @@ class Console:
                 said = now
                 pace = (now - begun) / done
                 rate = f"{1 / pace:.1f}/s" if pace < 1 else f"{pace:.1f}s each"
-                values = " ".join(f"{short} {latest[name]:.3g}" for name, short in SHOWN.items() if name in latest)
+                values = headline(latest).replace(",", "")
                 left = f"{_duration(pace * (total - step - 1))} left" if step + 1 < total else _duration(now - begun)
-                self.say(f"  {what} {step + 1}/{total} · {rate} · {values} · {left}")
+                self.say("  " + " · ".join(filter(None, (f"{what} {step + 1}/{total}", rate, values, left))))
 
     def samples(self, title: str, rows: Sequence[Mapping[str, object]]) -> None:
         """A table of sample responses; numbers are rounded, text is shown as the model wrote it."""
@@ -78,6 +79,10 @@ class Console:
             self._terminal.print(f"  [bold]{what:<{width}}[/]  {escape(value)}")
 
 
-def headline(metrics: Metrics) -> str:
+def headline(metrics: Mapping[str, float]) -> str:
     """The metrics that a person asks for first, on one line."""
-    return ", ".join(f"{short} {metrics[name]:.3g}" for name, short in SHOWN.items() if name in metrics)
+    return ", ".join(f"{short} {_short(metrics[name])}" for name, short in SHOWN.items() if name in metrics)
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -238,5 +238,9 @@ class Tracker(Protocol):
     """A mirror of the metrics outside the run directory."""
 
     def start(self, directory: Path, config: dict[str, Any]) -> None: ...
+    def take_back(self, logged: int) -> None:
+        """The run goes back behind the step `logged`, the last that was passed to `log`; later ones come again."""
+        ...
+
     def log(self, step: int, metrics: Metrics) -> None: ...
-    def finish(self) -> None: ...
+    def finish(self, state: Literal["finished", "stopped", "failed"]) -> None: ...

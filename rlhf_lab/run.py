@@ -3,45 +3,47 @@
 import contextlib
 import fcntl
 import json
-import math
 import os
-import platform
-import resource
 import shutil
 import socket
-import subprocess
-import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from importlib import metadata
+from collections.abc import Callable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import yaml
+from safetensors import SafetensorError
 
+from rlhf_lab import stopping
 from rlhf_lab.console import Console
+from rlhf_lab.engine import ranks
 from rlhf_lab.engine.checkpoint import (
     DamagedCheckpoint,
     checkpoints,
+    load_newest,
     load_tree,
     publish,
     save_tree,
-    sha256,
     write_atomically,
 )
+from rlhf_lab.environment import changes, environment, sitting
 from rlhf_lab.interfaces import Tracker
+from rlhf_lab.journal import Journal
+from rlhf_lab.redaction import redact
+from rlhf_lab.status import Status, first_line, read_status
+from rlhf_lab.stopping import Stopped
 from rlhf_lab.types import Metrics
 
-KEPT_CHECKPOINTS = 2
 # settings that change nothing that a run measures
-INCIDENTAL = ("tracker", "artifacts", "hardware.threads", "stage.hardware.threads")
+INCIDENTAL = ("tracker", "artifacts", "keep_checkpoints", "hardware.threads", "stage.hardware.threads")
+STOP = "stop"  # a file of this name in a run's directory asks it to stop
 PREAMBLE = {
     *(".lock", "config.yaml", "overrides.yaml", "environment.json", "status.json", "error.txt", "warnings.jsonl"),
-    *("tracker.json", "wandb"),
+    *("tracker.json", "wandb", STOP, "submission", ".job.json"),
 }
-PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "hydra-core", "omegaconf", "numpy", "safetensors")
+Result = TypeVar("Result")
 
 
 class RunRefused(ValueError):
@@ -57,57 +59,30 @@ def difference(before: Any, after: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: {before!r} -> {after!r}"
 
 
-def _git(*arguments: str) -> str:
-    root = Path(__file__).resolve().parents[1]
-    answer = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
-    return answer.stdout.strip() if answer.returncode == 0 else ""
-
-
-def input_hashes(folder: Path) -> dict[str, str]:
-    """file -> digest of the weights and data in a folder that a run reads."""
-    return {
-        str(file.relative_to(folder)): sha256(file)
-        for file in sorted(folder.rglob("*"))
-        if file.suffix in {".safetensors", ".parquet"} and "checkpoints" not in file.parts
-    }
-
-
-def code_state() -> dict[str, Any]:
-    """The commit of this code, and how its files differ from that."""
-    dirty = _git("diff", "HEAD")
-    return {"sha": _git("rev-parse", "HEAD"), "dirty": bool(dirty), "diff": dirty}
-
-
-def environment(artifacts: Mapping[str, Path]) -> dict[str, Any]:
-    """Where and with what code a run runs; never the environment variables.
-
-    `artifacts` maps a name to the folder that the run reads; each is listed with the hashes of its weights and data.
-    """
-    hashed = {name: {"path": str(path), "sha256": input_hashes(path)} for name, path in artifacts.items()}
-    return {
-        "git": code_state(),
-        "packages": {name: metadata.version(name) for name in PACKAGES},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "host": socket.gethostname(),
-        "command": " ".join(sys.argv),
-        "artifacts": hashed,
-    }
-
-
 class Run:
-    """An open run directory, held by one process.
+    """An open run directory, held by one process; of several ranks the first alone writes into it.
 
     Metrics of a step are appended when the step is done. After a crash the run continues from its latest sound
     checkpoint, and what was logged after that checkpoint is taken back, so every step stands in the log once.
     """
 
-    def __init__(self, directory: Path, *, seed: int, tracker: Tracker, console: Console, lock: FileIO) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        seed: int,
+        keep: int | Literal["all"],
+        tracker: Tracker,
+        console: Console,
+        lock: FileIO,
+    ) -> None:
         self.directory, self.seed, self.tracker, self.console = directory, seed, tracker, console
-        self._lock = lock
-        self._started = time.time()
+        self.finished = is_finished(directory)
         self.last: Metrics = {}
-        self._warned: list[str] = []  # lines of warnings.jsonl from this process
+        self._keep, self._lock = keep, lock
+        self._status, self._journal = Status(directory), Journal(directory)
+        self._is_new = False  # whether this process gave the directory its configuration
+        self._facts: dict[str, Any] = {}
 
     @classmethod
     def open(
@@ -125,26 +100,34 @@ class Run:
         Raises:
             RunRefused: it belongs to another configuration, another process holds it, or it cannot be written.
         """
+        held: list[FileIO] = []
+        _first_decides(lambda: held.append(_take(directory)))
+        if not ranks.is_first():
+            held.append((directory / ".lock").open("rb", buffering=0))
+        run = cls(
+            directory,
+            seed=int(config["seed"]),
+            keep=config["keep_checkpoints"],
+            tracker=tracker,
+            console=console,
+            lock=held[0],
+        )
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            lock = (directory / ".lock").open("ab+", buffering=0)  # a full disk must not fail its closing
-        except OSError as error:
-            raise RunRefused(
-                f"cannot write to {directory}: {error.strerror}; choose another place with runs_dir="
-            ) from error
+            _first_decides(lambda: run._begin(config, overrides, artifacts))
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    def _begin(self, config: dict[str, Any], overrides: list[str], artifacts: Mapping[str, Path]) -> None:
+        """Sweep up, compare with what is frozen, and note who works here now."""
+        directory = self.directory
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.seek(0)
-            holder = lock.read().decode().strip() or "another process"
-            raise RunRefused(
-                f"{directory} is in use by {holder}; wait for it, or give this run a name of its own with name="
-            ) from error
-        run = cls(directory, seed=int(config["seed"]), tracker=tracker, console=console, lock=lock)
-        try:
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}\n".encode())
-            for folder in (".", "checkpoints", "samples", "shards"):
+            self._lock.truncate(0)
+            self._lock.write(
+                f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}\n".encode()
+            )
+            for folder in (".", "checkpoints", "samples", "shards", "reference", "lattice", "plots"):
                 for half_written in (directory / folder).glob(".*.tmp"):  # by a process that was killed
                     shutil.rmtree(half_written) if half_written.is_dir() else half_written.unlink()
             frozen = directory / "config.yaml"
@@ -160,174 +143,291 @@ class Run:
                         "give this run another name with name=, or remove that directory"
                     )
             else:
+                self._is_new = True
                 write_atomically(directory / "overrides.yaml", yaml.safe_dump(overrides))
                 write_atomically(frozen, yaml.safe_dump(config, sort_keys=False))
-            if run.finished:
-                return run
-            write_atomically(directory / "environment.json", json.dumps(environment(artifacts), indent=1))
-            run._status("running")
+            if not self.finished:
+                self._note_environment(environment(artifacts))
+                self._status.write("running")
         except OSError as error:
-            run.close()
             raise RunRefused(
                 f"cannot write to {directory}: {error.strerror}; free space, or choose another place with runs_dir="
             ) from error
-        except BaseException:
-            run.close()
-            raise
-        return run
+
+    def _note_environment(self, facts: dict[str, Any]) -> None:
+        """environment.json: the facts of the first sitting, and a line for each; see `resume`.
+
+        Raises:
+            RunRefused: what the run reads is not what it has read so far.
+        """
+        file = self.directory / "environment.json"
+        if file.exists() and self._has_begun:
+            first = json.loads(file.read_text())
+            before = {name: read["sha256"] for name, read in first["artifacts"].items()}
+            for name, read in facts["artifacts"].items():
+                if before.get(name) != read["sha256"]:
+                    raise RunRefused(
+                        f"{self.directory} was begun with another {read['path']} than is there now; "
+                        "give this run another name with name=, or remove that directory to start it again"
+                    )
+        else:
+            write_atomically(file, json.dumps(facts | {"sittings": []}, indent=1))
+        self._facts = facts
+
+    @property
+    def _has_begun(self) -> bool:
+        """Whether anything was measured or made."""
+        made = {path.name for path in self.directory.iterdir() if path.is_dir() or path.stat().st_size}
+        return not made <= PREAMBLE
 
     @property
     def name(self) -> str:
         return self.directory.name
 
-    @property
-    def finished(self) -> bool:
-        return is_finished(self.directory)
-
     def close(self) -> None:
         """Let go of the directory."""
         self._lock.close()
 
-    def _status(self, state: str, **more: Any) -> None:
-        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        status = {
-            "state": state,
-            "started": time.strftime("%F %T", time.localtime(self._started)),
-            "updated": time.strftime("%F %T"),
-            "seconds": round(time.time() - self._started, 1),
-            "peak_memory_mib": round(kilobytes / 1024),
-            "process": os.getpid(),
-            **more,
-        }
-        write_atomically(self.directory / "status.json", json.dumps(status, indent=1))
+    def steps(self, what: str, first: int, total: int, latest: Mapping[str, float]) -> Iterator[int]:
+        """Count as `Console.steps` does, and keep the progress in status.json up to date.
+
+        Args:
+            latest: the metrics of the last step; the caller keeps it up to date.
+        """
+        begun = time.monotonic()
+        self._note_progress(what, first, total, 0.0, latest)
+        for step in self.console.steps(what, first, total, latest):
+            yield step
+            done = step + 1
+            self._note_progress(what, done, total, (done - first) / (time.monotonic() - begun), latest)
+
+    def _note_progress(self, what: str, step: int, total: int, pace: float, latest: Mapping[str, float]) -> None:
+        if ranks.is_first():
+            self._status.progress(what, step, total, pace, latest)
+
+    def checkpoint(self, step: int, state: Callable[[], dict[str, Any]], *, due: bool) -> None:
+        """The end of a step: save if it is due or if the run is asked to stop, and stop then.
+
+        Raises:
+            Stopped: as `pause`.
+        """
+        reason = self._asked_to_stop()
+        if due or reason:
+            self.save(step, state())
+        if reason:
+            self._status.reached(step)
+            self._stop(reason)
+
+    def pause(self) -> None:
+        """Between two pieces of work that are on the disk: stop here if the run is asked to.
+
+        Raises:
+            Stopped: by a signal to any of its processes, or by a file `stop` in its directory, which is then removed.
+        """
+        if reason := self._asked_to_stop():
+            self._stop(reason)
+
+    def _asked_to_stop(self) -> str:
+        """Why, or nothing; the same on every rank."""
+        reason = stopping.requested() or ""
+        if not reason and ranks.is_first() and (self.directory / STOP).exists():
+            reason = f"the file {self.directory / STOP}"
+        if not ranks.agree(bool(reason)):
+            return ""
+        return ranks.broadcast(reason) or "a request to another of its processes"
+
+    def _stop(self, reason: str) -> None:
+        if ranks.is_first():
+            (self.directory / STOP).unlink(missing_ok=True)
+        raise Stopped(f"{self.directory} stopped: asked by {reason}; the same command continues it")
 
     def finish(self, metrics: Metrics) -> None:
         """Everything is written: only now does the run count as finished."""
-        self._status("finished", metrics=metrics)
+        self.finished = True
+        if ranks.is_first():
+            (self.directory / STOP).unlink(missing_ok=True)
+            self._status.write("finished", metrics=metrics)
 
     def drop_checkpoints(self) -> None:
-        """A finished run needs none."""
-        shutil.rmtree(self.directory / "checkpoints", ignore_errors=True)
+        """A finished run needs none; they stay if all are to be kept."""
+        if ranks.is_first() and self._keep != "all":
+            shutil.rmtree(self.directory / "checkpoints", ignore_errors=True)
 
-    def note_failure(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """As the end of a `with` block: why the run stopped, the traceback in error.txt, if the disk still takes it."""
+    def note_end(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """As the end of a `with` block: why the run ended, the traceback of a failure in error.txt."""
+        if not ranks.is_first() or ranks.lost():  # who left first says why, and all may be started again
+            return
         if error is None:
             (self.directory / "error.txt").unlink(missing_ok=True)
-            return
-        with contextlib.suppress(OSError):
-            self._status("failed", error=f"{type(error).__name__}: {error}")
-        with contextlib.suppress(OSError):
-            write_atomically(self.directory / "error.txt", "".join(traceback.format_exception(error)))
+        elif isinstance(error, Stopped | KeyboardInterrupt):
+            self._status.write_last("stopped", reason=str(error) or "interrupted from the keyboard")
+        else:
+            self._status.write_last("failed", error=redact(first_line(error)))
+            with contextlib.suppress(OSError):
+                write_atomically(self.directory / "error.txt", redact("".join(traceback.format_exception(error))))
 
     def withdraw(self) -> None:
-        """Remove a directory in which nothing was measured or made, so that the mended command finds its name free."""
-        made = {path.name for path in self.directory.iterdir() if path.is_dir() or path.stat().st_size}
-        if made <= PREAMBLE:
+        """Remove a directory in which nothing was measured or made, so that the mended command finds its name free.
+
+        One that was frozen before this process came stays, and says why it failed.
+        """
+        if ranks.is_first() and self._is_new and not self._has_begun:
             shutil.rmtree(self.directory)
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Append one step's metrics to metrics.jsonl, flushed to disk, and pass them to the tracker."""
         self.last = metrics
-        line = json.dumps({"step": step, **{key: _plain(value) for key, value in metrics.items()}})
-        with (self.directory / "metrics.jsonl").open("a") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.tracker.log(step, metrics)
+        if ranks.is_first():
+            self._journal.log(step, metrics)
+            self.tracker.log(step, metrics)
 
     def warn(self, step: int, message: str) -> None:
         """One loud line on the console, and in warnings.jsonl."""
-        self.console.warn(f"step {step}: {message}")
-        line = json.dumps({"step": step, "message": message})
-        self._warned.append(line)
-        with (self.directory / "warnings.jsonl").open("a") as file:
-            file.write(line + "\n")
+        if ranks.is_first():
+            self.console.warn(f"step {step}: {message}")
+            self._journal.warn(step, message)
+
+    def write_text(self, relative: str, text: str) -> None:
+        """Write a file, whole or not at all."""
+        if ranks.is_first():
+            path = self.directory / relative
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, text)
 
     def write_rows(self, relative: str, rows: list[dict[str, Any]]) -> None:
         """Write a table of samples as JSON lines, whole or not at all."""
-        path = self.directory / relative
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+        self.write_text(relative, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(self, relative: str, fill: Callable[[Path], None]) -> None:
+        """Have a folder filled, by the first rank; it takes its name when it is whole, and then all ranks go on.
+
+        Raises:
+            OSError: the disk is full or read-only; the name is then not taken.
+        """
+        if ranks.is_first():
+            final = self.directory / relative
+            temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            try:
+                temporary.mkdir(parents=True)
+                fill(temporary)
+                publish(temporary, final)
+            except SafetensorError as error:  # which is what a full disk is to safetensors
+                raise OSError(f"{final} cannot be written: {error}") from error
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        ranks.barrier()
+
+    def has(self, relative: str) -> bool:
+        """Whether a file or folder is there, which is then whole; the same on every rank."""
+        return ranks.broadcast((self.directory / relative).exists())
+
+    def drop(self, relative: str) -> None:
+        """Remove a folder that is needed no more, if it is there."""
+        if ranks.is_first():
+            shutil.rmtree(self.directory / relative, ignore_errors=True)
+        ranks.barrier()
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Checkpoint the state after `step`; older ones beyond the last two go once it is safe."""
-        folder = self.directory / "checkpoints"
-        save_tree(folder / f"step_{step:06d}", state)
-        for _, old in list(checkpoints(folder))[KEPT_CHECKPOINTS:]:
-            shutil.rmtree(old)
+        """Checkpoint the state after `step`; older ones beyond those to be kept go once it is safe."""
+        if ranks.is_first():
+            folder = self.directory / "checkpoints"
+            save_tree(folder / f"step_{step:06d}", state)
+            if isinstance(self._keep, int):
+                for _, old in list(checkpoints(folder))[self._keep :]:
+                    shutil.rmtree(old)
+        ranks.barrier()
 
     def resume(self) -> tuple[int, dict[str, Any]] | None:
         """The latest sound checkpoint as (step, state), or None at the beginning of a run.
 
-        A damaged checkpoint is said loudly and the one before it taken. What metrics.jsonl, warnings.jsonl and
-        samples/ hold of later steps is taken back, since those steps will be done again.
+        A damaged checkpoint is said loudly, the one before it taken, and the damaged one removed. What metrics.jsonl,
+        warnings.jsonl and samples/ hold of later steps is taken back, since those steps will be done again.
 
         Raises:
             RunRefused: there are checkpoints, and every one is damaged.
         """
-        damaged: list[str] = []
-        for step, path in checkpoints(self.directory / "checkpoints"):
-            try:
-                state = load_tree(path)
-            except DamagedCheckpoint as error:
-                self.console.warn(f"damaged checkpoint, trying the one before it: {error}")
-                damaged.append(str(error))
-                continue
-            self._take_back(step)
-            self.console.say(f"resuming after step {step} from {path}")
-            return step, state
-        if damaged:
-            raise RunRefused(
-                f"no sound checkpoint is left in {self.directory / 'checkpoints'} ({damaged[0]}); "
-                "remove that folder to start the run again from its beginning"
-            )
-        self._take_back(-1)
-        return None
+        found: list[dict[str, Any]] = []
 
-    def _take_back(self, step: int) -> None:
-        for name in ("metrics.jsonl", "warnings.jsonl"):
-            path = self.directory / name
-            if path.exists():
-                # what was said of the data just now, before resuming, stays, and stands there once
-                new = self._warned if name == "warnings.jsonl" else []
-                kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step and line not in new]
-                write_atomically(path, "".join(line + "\n" for line in [*kept, *new]))
-                if name == "metrics.jsonl" and kept:
-                    self.last = {key: float(value) for key, value in json.loads(kept[-1]).items() if key != "step"}
-        for table in (self.directory / "samples").glob("step_*.jsonl"):
-            if int(table.stem.removeprefix("step_")) > step:
-                table.unlink()
+        def choose() -> tuple[int | None, Metrics]:
+            step = self._load_newest(found)
+            self.tracker.take_back(self._journal.last_step())
+            last = self._journal.take_back(-1 if step is None else step)
+            self._note_sitting(step)
+            return step, last
 
-    @contextlib.contextmanager
-    def folder(self, relative: str) -> Iterator[Path]:
-        """A folder to fill; it takes its name only when the block ends well."""
-        final = self.directory / relative
-        temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        step, self.last = _first_decides(choose)
+        if step is None:
+            return None
+        path = self.directory / "checkpoints" / f"step_{step:06d}"
+        self.console.say(f"resuming after step {step} from {path}")
+        return step, found[0] if found else load_tree(path)
+
+    def _load_newest(self, found: list[dict[str, Any]]) -> int | None:
+        folder = self.directory / "checkpoints"
         try:
-            yield temporary
-            if final.exists():
-                shutil.rmtree(final)
-            publish(temporary, final)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            newest = load_newest(folder, self.console.warn)
+        except DamagedCheckpoint as error:
+            raise RunRefused(
+                f"no sound checkpoint is left in {folder} ({error}); "
+                "remove that folder to start the run again from its beginning"
+            ) from error
+        if newest is None:
+            return None
+        found.append(newest[1])
+        return newest[0]
+
+    def _note_sitting(self, resumed_from: int | None) -> None:
+        """One entry more in environment.json; a change of the code or of a package since the last is said."""
+        file = self.directory / "environment.json"
+        stored = json.loads(file.read_text())
+        now, before = sitting(self._facts, resumed_from), stored.get("sittings", [])
+        write_atomically(file, json.dumps(stored | {"sittings": [*before, now]}, indent=1))
+        if before and (changed := list(changes(before[-1], now))):
+            self.warn(resumed_from or 0, f"continued under other code or packages: {'; '.join(changed)}")
 
 
 def is_finished(directory: Path) -> bool:
     """Whether the run in `directory` wrote everything that it set out to write."""
-    status = directory / "status.json"
-    return status.exists() and json.loads(status.read_text())["state"] == "finished"
+    return read_status(directory).get("state") == "finished"
 
 
-def _plain(value: float) -> float | str:
-    """JSON has no NaN: spell what is not finite."""
-    return value if math.isfinite(value) else str(value)
-
-
-def _step_of(line: str) -> float:
-    """The step of a JSON line; a line cut short by a crash belongs to no step that is kept."""
+def _take(directory: Path) -> FileIO:
+    """The lock of a run directory, which is made if it is not there."""
     try:
-        return json.loads(line)["step"]
-    except json.JSONDecodeError:
-        return math.inf
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / ".lock").open("ab+", buffering=0)  # a full disk must not fail its closing
+    except OSError as error:
+        raise RunRefused(
+            f"cannot write to {directory}: {error.strerror}; choose another place with runs_dir="
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.seek(0)
+        holder = lock.read().decode().strip() or "another process"
+        raise RunRefused(
+            f"{directory} is in use by {holder}; wait for it, or give this run a name of its own with name="
+        ) from error
+    return lock
+
+
+def _first_decides(decide: Callable[[], Result]) -> Result:
+    """What the first rank finds, on every rank; or its refusal.
+
+    Raises:
+        RunRefused: on all ranks.
+    """
+    found: Any = None
+    refusal = ""
+    if ranks.is_first():
+        try:
+            found = decide()
+        except RunRefused as error:
+            if ranks.world() == 1:
+                raise
+            refusal = str(error)
+    found, refusal = ranks.broadcast((found, refusal))
+    if refusal:
+        raise RunRefused(refusal)
+    return found

@@ -16,7 +16,7 @@ from rlhf_lab.engine.checkpoint import checkpoints
 from rlhf_lab.run import Run, RunRefused, difference, is_finished
 from rlhf_lab.tracking import NoTracker
 
-CONFIG = {"seed": 3, "stage": {"steps": 4}}
+CONFIG = {"seed": 3, "keep_checkpoints": 2, "stage": {"steps": 4}}
 
 
 def open_run(directory: Path, **changes: object) -> Run:
@@ -194,16 +194,18 @@ def test_metrics_that_are_not_finite_stay_valid_json(tmp_path):
 def test_a_folder_takes_its_name_only_when_it_is_whole(tmp_path):
     run = open_run(tmp_path)
 
-    def fill_and_fail() -> None:
-        with run.folder("policy") as folder:
-            (folder / "half").write_text("x")
-            raise OSError("disk full")
+    def fill_and_fail(folder: Path) -> None:
+        (folder / "half").write_text("x")
+        raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        fill_and_fail()
+        run.make("policy", fill_and_fail)
     assert not [path for path in tmp_path.iterdir() if "policy" in path.name]
-    with run.folder("policy") as folder:
+
+    def fill(folder: Path) -> None:
         (folder / "whole").write_text("x")
+
+    run.make("policy", fill)
     assert [path.name for path in (tmp_path / "policy").iterdir()] == ["whole"]
     run.close()
 
@@ -213,11 +215,11 @@ def test_a_failure_leaves_its_traceback_and_success_takes_it_away(tmp_path):
     try:
         raise RuntimeError("the reason")
     except RuntimeError as error:
-        run.note_failure(type(error), error, None)
+        run.note_end(type(error), error, None)
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["state"], status["error"]) == ("failed", "RuntimeError: the reason")
     assert "test_run.py" in (tmp_path / "error.txt").read_text()
-    run.note_failure(None, None, None)
+    run.note_end(None, None, None)
     assert not (tmp_path / "error.txt").exists()
     run.close()
 

@@ -31,7 +31,7 @@ def test_offline_run_is_written_and_continued_under_its_id(tmp_path, monkeypatch
         tracker = WandbTracker("p", "offline")
         tracker.start(tmp_path, {"name": "x", "seed": 0})
         tracker.log(step, {"objective/kl": 0.5, "episode": float(step)})
-        tracker.finish()
+        tracker.finish("finished")
         ids.append(json.loads((tmp_path / "tracker.json").read_text())["id"])
     assert ids[0] == ids[1]
     written = [path.name for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb")]

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,61 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that is whole or not there: temporary name, flush to disk, rename."""
+def write_atomically(path: Path, text: str, flush: bool = True) -> None:
+    """Write a text file that is whole or not there: temporary name, flush to disk, rename.
+
+    Without the flush it is whole after the death of this process, but perhaps not after that of the machine.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line, flushed to disk; if the disk does not take it all, none of it stays.
+
+    A process that is killed meanwhile may leave a part of a long line, without its end.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    before = os.fstat(descriptor).st_size
+    try:
+        waiting = memoryview(f"{line}\n".encode())
+        while waiting:
+            waiting = waiting[os.write(descriptor, waiting) :]
+        os.fsync(descriptor)
+    except OSError:
+        os.ftruncate(descriptor, before)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def seal(folder: Path) -> None:
+    """Leave the hashes of a folder's files beside them."""
+    hashes = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    (folder / HASHES).write_text(json.dumps(hashes))
+
+
+def check_seal(folder: Path) -> None:
+    """See that a folder's files are those that were sealed.
+
+    Raises:
+        DamagedCheckpoint: one is missing, cannot be read, or has other bytes; or there is no seal.
+    """
+    try:
+        hashes = json.loads((folder / HASHES).read_text())
+        found = {name: sha256(folder / name) for name in hashes}
+    except (OSError, ValueError) as error:  # ValueError: not JSON, not even text
+        raise DamagedCheckpoint(f"{folder} is incomplete: {error}") from error
+    if not hashes or hashes != found:
+        raise DamagedCheckpoint(f"the files of {folder} do not match the hashes that were saved with them")
 
 
 def _flush(path: Path) -> None:
@@ -113,8 +157,7 @@ def save_tree(folder: Path, tree: dict[str, Any]) -> None:
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / TENSORS)
         (temporary / TREE).write_text(spelled)
-        hashes = {name: sha256(temporary / name) for name in (TENSORS, TREE)}
-        (temporary / HASHES).write_text(json.dumps(hashes))
+        seal(temporary)
         publish(temporary, folder)
     except SafetensorError as error:  # which is what a full disk is to safetensors
         raise OSError(f"{folder} cannot be written: {error}") from error
@@ -128,17 +171,35 @@ def load_tree(folder: Path) -> dict[str, Any]:
     Raises:
         DamagedCheckpoint: a file is missing, or its bytes are not those that were saved.
     """
-    try:
-        hashes = json.loads((folder / HASHES).read_text())
-        found = {name: sha256(folder / name) for name in (TENSORS, TREE)}
-    except (FileNotFoundError, ValueError) as error:  # ValueError: not JSON, not even text
-        raise DamagedCheckpoint(f"{folder} is incomplete: {error}") from error
-    if hashes != found:
-        raise DamagedCheckpoint(f"the files of {folder} do not match the hashes that were saved with them")
+    check_seal(folder)
     return _attach(json.loads((folder / TREE).read_text()), load_file(folder / TENSORS))
 
 
 def checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
     """(step, path) of the checkpoints `step_N` in `folder`, the latest first."""
-    found = [(int(path.name.removeprefix("step_")), path) for path in folder.glob("step_*") if path.is_dir()]
-    yield from sorted(found, reverse=True)
+    found = [(path.name.removeprefix("step_"), path) for path in folder.glob("step_*") if path.is_dir()]
+    yield from sorted(((int(step), path) for step, path in found if step.isdecimal()), reverse=True)
+
+
+def load_newest(folder: Path, warn: Callable[[str], None]) -> tuple[int, dict[str, Any]] | None:
+    """(step, tree) of the latest sound checkpoint in `folder`, or None if there is none at all.
+
+    A damaged one is said, and removed once an older one is found sound, lest it counts among those that are kept.
+
+    Raises:
+        DamagedCheckpoint: there are checkpoints, and every one is damaged.
+    """
+    damaged: list[tuple[Path, DamagedCheckpoint]] = []
+    for step, path in checkpoints(folder):
+        try:
+            tree = load_tree(path)
+        except DamagedCheckpoint as error:
+            warn(f"damaged checkpoint, trying the one before it: {error}")
+            damaged.append((path, error))
+            continue
+        for other, _ in damaged:
+            shutil.rmtree(other)
+        return step, tree
+    if damaged:
+        raise damaged[0][1]
+    return None

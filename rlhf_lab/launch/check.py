@@ -32,6 +32,7 @@ def root(
     artifact_seed: int,
     runs_dir: str,
     artifacts: str,
+    keep_checkpoints: Count | Literal["all"],
     output: str,
     shrink: Mapping[str, int | Mapping[str, str]],
     sweep: str | None,

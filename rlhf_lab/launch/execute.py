@@ -2,21 +2,33 @@
 
 import fcntl
 import json
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TextIO
 
+import torch
 import yaml
 from hydra.utils import instantiate
 
+from rlhf_lab import stopping
 from rlhf_lab.console import Console
+from rlhf_lab.engine import ranks
+from rlhf_lab.environment import input_hashes
+from rlhf_lab.interfaces import Tracker
 from rlhf_lab.launch.check import BadConfig
 from rlhf_lab.launch.compose import ROOT, Plan, in_order
-from rlhf_lab.run import Run, RunRefused, difference, input_hashes, is_finished
+from rlhf_lab.run import Run, RunRefused, difference, is_finished
+from rlhf_lab.stopping import Stopped
 from rlhf_lab.types import Metrics
 
 # what may differ between the run that built an artifact and the run that reads it
-_INCIDENTAL = ("hardware", "tracker", "artifacts")
+_INCIDENTAL = ("hardware", "tracker", "artifacts", "keep_checkpoints")
+
+
+SECONDS_BETWEEN_TRIES = 0.5
 
 
 class RunFailed(RuntimeError):
@@ -80,12 +92,31 @@ def _building(directory: Path, console: Console) -> Iterator[None]:
     """Held by one process at a time: who comes second waits, and finds the artifact finished."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with (directory.parent / f".{directory.name}.build").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _is_ours(lock):
             console.say(f"waiting for another process that builds {directory}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            while not _is_ours(lock):
+                _heed(directory)
+                time.sleep(SECONDS_BETWEEN_TRIES)
         yield
+
+
+def _is_ours(lock: TextIO) -> bool:
+    """Whether the first rank got a lock, which is not waited for, so that a request to stop is heard."""
+    return ranks.broadcast(ranks.is_first() and _take(lock))
+
+
+def _take(lock: TextIO) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _heed(directory: Path) -> None:
+    """Before work on a directory begins: stop if this process was asked to, or another rank."""
+    if ranks.agree(stopping.requested() is not None):
+        raise Stopped(f"{directory} was not begun: asked to stop; the same command continues")
 
 
 def execute(plan: Plan) -> Metrics:
@@ -95,13 +126,15 @@ def execute(plan: Plan) -> Metrics:
     """
     console = Console()
     preflight(plan)
-    missing = [needed for needed in in_order(plan) if not is_finished(needed.directory)]
+    ranks.start(torch.device(plan.config.get("hardware", {}).get("device", "cpu")))
+    needs = list(in_order(plan))
+    missing = [needs[i] for i in ranks.broadcast([i for i, one in enumerate(needs) if not is_finished(one.directory)])]
     for i, needed in enumerate(missing):
         console.say(f"[{i + 1}/{len(missing)}] building {needed.directory}, which this run needs")
         with _building(needed.directory, console):
-            if not is_finished(needed.directory):
+            if not ranks.broadcast(is_finished(needed.directory)):
                 carry_out(needed, console)
-    for needed in in_order(plan):
+    for needed in needs:
         _check_inputs(needed)
     return carry_out(plan, console)
 
@@ -112,7 +145,9 @@ def carry_out(plan: Plan, console: Console) -> Metrics:
     Raises:
         ValueError: a mistake that only the data or the weights could show.
         RunFailed: anything else that went wrong; the traceback is in the run directory.
+        Stopped: it was asked to stop, and is saved.
     """
+    _heed(plan.directory)
     stage = instantiate(plan.config["stage"], _convert_="all")
     tracker = instantiate(plan.config["tracker"], _convert_="all")
     directory = plan.directory
@@ -129,19 +164,21 @@ def carry_out(plan: Plan, console: Console) -> Metrics:
         with ExitStack() as afterwards:
             afterwards.callback(run.close)
             if run.finished:
-                if not page.exists():  # it was stopped between its last file and its page
+                if ranks.is_first() and not page.exists():  # it was stopped between its last file and its page
                     draw_report(directory)
                 console.say(f"{directory} is finished already; its results are in {page}")
                 console.say("for another run of the same configuration give it a name of its own with name=")
                 return {}
-            afterwards.push(run.note_failure)
+            afterwards.push(run.note_end)
             stage.check()
-            tracker.start(directory, plan.config)
-            afterwards.callback(tracker.finish)
+            if ranks.is_first():
+                tracker.start(directory, plan.config)
+                afterwards.push(partial(_close, tracker))
             console.say(f"run {directory}")
             metrics = stage.run(run)
             run.finish(metrics)
-            draw_report(directory)  # after the status, which the page shows
+            if ranks.is_first():
+                draw_report(directory)  # after the status, which the page shows
             run.drop_checkpoints()
     except ValueError as error:
         if not _is_mistake(error):
@@ -162,6 +199,12 @@ def carry_out(plan: Plan, console: Console) -> Metrics:
     made = {"output": plan.output, "report": page, "metrics": directory / "metrics.jsonl"}
     console.summary({what: str(path) for what, path in made.items() if path.exists()})
     return metrics
+
+
+def _close(tracker: Tracker, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    """As the end of a `with` block."""
+    stopped = isinstance(error, Stopped | KeyboardInterrupt)
+    tracker.finish("finished" if error is None else "stopped" if stopped else "failed")
 
 
 def _is_mistake(error: ValueError) -> bool:

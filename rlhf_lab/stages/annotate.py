@@ -1,14 +1,14 @@
 """Making preference data: sample responses from a policy, have a judge compare them, add label noise, save a table."""
 
 from collections.abc import Collection, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rlhf_lab.data.dataset import Dataset
-from rlhf_lab.data.tables import read_table, write_table
+from rlhf_lab.data.tables import read_table
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine.generate import Generator, Sampling
@@ -17,6 +17,7 @@ from rlhf_lab.records import Prompt
 from rlhf_lab.rewards.gold import Gold
 from rlhf_lab.run import Run
 from rlhf_lab.seeds import derive, generator
+from rlhf_lab.stages.shards import Shard, sharded, tokens_of, write_splits
 from rlhf_lab.types import Count, Fraction, Metrics, batches
 
 
@@ -86,9 +87,10 @@ class Annotate:
         tables: dict[str, list[dict[str, Any]]] = {}
         for split, prompts in asked.items():
             parts = list(batches(len(prompts), self.prompts_per_shard))
-            rows: list[dict[str, Any]] = []
-            for i in run.console.steps(f"sampling pairs of {split}, shard", 0, len(parts), metrics):
-                rows += self._shard(run, engine, template, split, i, prompts[parts[i]])
+            shards = [partial(self._shard, engine, split, i, prompts[part], run.seed) for i, part in enumerate(parts)]
+            rows = [
+                row for file in sharded(run, split, f"sampling pairs of {split}", shards) for row in read_table(file)
+            ]
             unequal = [row for row in rows if row["response_0"] != row["response_1"]]
             different = [row for row in unequal if self.ties == "coin" or not self._is_tie(row)]
             name = names[split]
@@ -114,24 +116,15 @@ class Annotate:
             for gold in self.dataset.gold:
                 both = [row[f"gold_{gold}_{side}"] for row in kept for side in (0, 1)]
                 metrics[f"{name}/gold/{gold}/mean"] = sum(both) / len(both)
-        with run.folder("data") as folder:
-            for name, kept in tables.items():
-                write_table(kept, folder / f"{name}.parquet")
+        run.make("data", partial(write_splits, tables))
         run.log(0, metrics)
         return metrics
 
-    def _shard(
-        self, run: Run, engine: Generator, template: Template, split: str, i: int, prompts: Sequence[Prompt]
-    ) -> list[dict[str, Any]]:
-        folder = Path(f"shards/{split}_{i:04d}")
-        done = run.directory / folder / "rows.parquet"
-        if not done.exists():
-            rollout = engine.generate(prompt_batch(template, prompts), 2, derive(run.seed, "sampling", split, i))
-            gold = {name: Gold(measure).score(rollout).value for name, measure in self.dataset.gold.items()}
-            rows = self._rows(rollout.responses, prompts, gold, generator(run.seed, "coin", split, i))
-            with run.folder(str(folder)) as temporary:
-                write_table(rows, temporary / "rows.parquet")
-        return read_table(done)
+    def _shard(self, engine: Generator, split: str, i: int, prompts: Sequence[Prompt], seed: int) -> Shard:
+        rollout = engine.generate(prompt_batch(engine.template, prompts), 2, derive(seed, "sampling", split, i))
+        gold = {name: Gold(measure).score(rollout).value for name, measure in self.dataset.gold.items()}
+        rows = self._rows(rollout.responses, prompts, gold, generator(seed, "coin", split, i))
+        return Shard(rows, tokens_of(rollout))
 
     def _is_tie(self, row: dict[str, Any]) -> bool:
         return row[f"gold_{self.better_by}_0"] == row[f"gold_{self.better_by}_1"]

@@ -1,6 +1,7 @@
 """Best of n: many samples per prompt, scored once; what the best of n would be worth for every n, and the best."""
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rlhf_lab.records import Prompt
 from rlhf_lab.rewards.gold import Gold
 from rlhf_lab.run import Run
 from rlhf_lab.seeds import derive
+from rlhf_lab.stages.shards import Shard, sharded
 from rlhf_lab.types import Count, Metrics, batches
 
 SAMPLES_AT_ONCE = 256  # of one prompt; a constant, so that what is drawn does not depend on the hardware
@@ -121,14 +123,12 @@ class BestOfN:
         for split, prompts in asked.items():
             parts = list(batches(len(prompts), self.prompts_per_shard))
             columns: dict[str, list[Tensor]] = {}
-            for i in run.console.steps(f"best of {self.samples_per_prompt} on {split}, shard", 0, len(parts), {}):
-                path = run.directory / f"shards/{split}_{i:04d}/rows.parquet"
-                if not path.exists():
-                    rows = self._sample(engine, scorer, gold, split, prompts[parts[i]], derive(run.seed, split, i))
-                    with run.folder(str(path.parent.relative_to(run.directory))) as temporary:
-                        write_table(rows, temporary / path.name)
-                shards.append(path)
-                rows = read_table(path)
+            sample = partial(self._sample, engine, scorer, gold, split)
+            to_make = [partial(sample, prompts[part], derive(run.seed, split, i)) for i, part in enumerate(parts)]
+            made = sharded(run, split, f"best of {self.samples_per_prompt} on {split}", to_make)
+            shards += made
+            for file in made:
+                rows = read_table(file)
                 for name, values in self._measured(rows).items():
                     columns.setdefault(name, []).append(values)
                 first += rows[:: self.samples_per_prompt]
@@ -139,9 +139,12 @@ class BestOfN:
         kept = [row for row in best if row["response"].strip()]
         if len(kept) < len(best):
             run.warn(0, f"the best response to {len(best) - len(kept)} of {len(best)} prompts is empty; left out")
-        with run.folder("data") as folder:
+
+        def fill(folder: Path) -> None:
             join_tables(shards, folder / "samples.parquet")
             write_table(kept, folder / "best.parquet")
+
+        run.make("data", fill)
         for n, rows in ((1, first), (self.samples_per_prompt, best)):
             run.write_rows(f"samples/step_{n:06d}.jsonl", [self._shown(row) for row in rows])
         final: Metrics = {}
@@ -158,7 +161,7 @@ class BestOfN:
         split: str,
         prompts: Sequence[Prompt],
         seed: int,
-    ) -> list[dict[str, Any]]:
+    ) -> Shard:
         """N rows for each prompt, side by side."""
         batch = prompt_batch(engine.template, prompts)
         rows: list[list[dict[str, Any]]] = [[] for _ in prompts]
@@ -185,7 +188,7 @@ class BestOfN:
                         **{f"gold_{name}": value[i].item() for name, value in truth.items()},
                     }
                 )
-        return [row for each in rows for row in each]
+        return Shard([row for each in rows for row in each], sum(row["tokens"] for each in rows for row in each))
 
     def _measured(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """(P, N) of everything that has a curve, under its metric's name."""

@@ -1,10 +1,11 @@
 """Making one table of pairs of several, each under a condition that says by what its pairs are judged."""
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
+from functools import partial
 
-from rlhf_lab.data.tables import Rows, check_table, read_splits, write_table
+from rlhf_lab.data.tables import Rows, check_table, read_splits
 from rlhf_lab.run import Run
+from rlhf_lab.stages.shards import write_splits
 from rlhf_lab.types import Metrics
 
 
@@ -48,21 +49,23 @@ class Join:
                     f"{self.train_split!r} among them (stage.train_split)"
                 )
         metrics: Metrics = {}
-        with run.folder("data") as folder:
-            for split in splits:
-                parts = {
-                    name: [row | {"condition": self.conditions[name]} for row in table[split]]
-                    for name, table in tables.items()
-                }
-                self._write([row for part in parts.values() for row in part], folder / f"{split}.parquet")
-                for name, part in parts.items():
-                    metrics[f"{split}/{name}/rows"] = float(len(part))
-                    if split != self.train_split:
-                        self._write(part, folder / f"{split}_{name}.parquet")
+        joined: dict[str, Rows] = {}
+        for split in splits:
+            parts = {
+                name: [row | {"condition": self.conditions[name]} for row in table[split]]
+                for name, table in tables.items()
+            }
+            joined[split] = _alike([row for part in parts.values() for row in part])
+            for name, part in parts.items():
+                metrics[f"{split}/{name}/rows"] = float(len(part))
+                if split != self.train_split:
+                    joined[f"{split}_{name}"] = _alike(part)
+        run.make("data", partial(write_splits, joined))
         run.log(0, metrics)
         return metrics
 
-    def _write(self, rows: Rows, file: Path) -> None:
-        """The columns that all rows have; one that only some sources have would be empty in the others."""
-        shared = set.intersection(*(set(row) for row in rows))
-        write_table([{key: value for key, value in row.items() if key in shared} for row in rows], file)
+
+def _alike(rows: Rows) -> Rows:
+    """The columns that all rows have; one that only some sources have would be empty in the others."""
+    shared = set.intersection(*(set(row) for row in rows))
+    return [{key: value for key, value in row.items() if key in shared} for row in rows]

@@ -2,16 +2,17 @@
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.quadruples import Sampling, flip, pair_up
-from rlhf_lab.data.tables import write_table
 from rlhf_lab.data.templates import Template
 from rlhf_lab.engine.models import Hardware, ModelPaths, check_path, load_tokenizer
 from rlhf_lab.records import PreferencePair
 from rlhf_lab.run import Run
 from rlhf_lab.seeds import derive
+from rlhf_lab.stages.shards import write_splits
 from rlhf_lab.types import Count, Fraction, Metrics
 
 
@@ -86,9 +87,7 @@ class Quadruples:
         run.resume()
         for note in self.dataset.notes:
             run.warn(0, note)
-        with run.folder("data") as folder:
-            for name, rows in tables.items():
-                write_table(rows, folder / f"{name}.parquet")
+        run.make("data", partial(write_splits, tables))
         run.log(0, metrics)
         return metrics
 

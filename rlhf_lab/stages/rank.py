@@ -1,13 +1,13 @@
 """Making rankings: sample several responses to each prompt, have a judge order them, save a table."""
 
 from collections.abc import Collection, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 
 from rlhf_lab.data.dataset import Dataset
-from rlhf_lab.data.tables import read_table, write_table
+from rlhf_lab.data.tables import read_table
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine.generate import Generator, Sampling
@@ -16,6 +16,7 @@ from rlhf_lab.records import Prompt
 from rlhf_lab.rewards.gold import Gold
 from rlhf_lab.run import Run
 from rlhf_lab.seeds import derive, generator
+from rlhf_lab.stages.shards import Shard, sharded, tokens_of, write_splits
 from rlhf_lab.types import Count, Fraction, Metrics, batches
 
 
@@ -81,9 +82,9 @@ class Rank:
         tables: dict[str, list[dict[str, Any]]] = {}
         for split, prompts in asked.items():
             parts = list(batches(len(prompts), self.prompts_per_shard))
-            rows: list[dict[str, Any]] = []
-            for i in run.console.steps(f"sampling rankings of {split}, shard", 0, len(parts), metrics):
-                rows += self._shard(run, engine, template, split, i, prompts[parts[i]])
+            shards = [partial(self._shard, engine, split, i, prompts[part], run.seed) for i, part in enumerate(parts)]
+            made = sharded(run, split, f"sampling rankings of {split}", shards)
+            rows = [row for file in made for row in read_table(file)]
             kept = [row for row in rows if len(row["responses"]) > 1]
             if not kept:
                 raise ValueError(f"no prompt of {split} has two responses that {self.ranked_by} tells apart; draw more")
@@ -95,24 +96,15 @@ class Rank:
                 f"{name}/responses": sum(len(row["responses"]) for row in kept) / len(kept),
             }
             run.console.say(f"{split}: {len(kept)} rankings; left out {len(rows) - len(kept)} of fewer than two")
-        with run.folder("data") as folder:
-            for name, kept in tables.items():
-                write_table(kept, folder / f"{name}.parquet")
+        run.make("data", partial(write_splits, tables))
         run.log(0, metrics)
         return metrics
 
-    def _shard(
-        self, run: Run, engine: Generator, template: Template, split: str, i: int, prompts: Sequence[Prompt]
-    ) -> list[dict[str, Any]]:
-        folder = Path(f"shards/{split}_{i:04d}")
-        done = run.directory / folder / "rows.parquet"
-        if not done.exists():
-            seed = derive(run.seed, "sampling", split, i)
-            rollout = engine.generate(prompt_batch(template, prompts), self.samples_per_prompt, seed)
-            gold = Gold(self.dataset.gold[self.ranked_by]).score(rollout).value.tolist()
-            with run.folder(str(folder)) as temporary:
-                write_table(self._rows(prompts, rollout.responses, gold), temporary / "rows.parquet")
-        return read_table(done)
+    def _shard(self, engine: Generator, split: str, i: int, prompts: Sequence[Prompt], seed: int) -> Shard:
+        batch = prompt_batch(engine.template, prompts)
+        rollout = engine.generate(batch, self.samples_per_prompt, derive(seed, "sampling", split, i))
+        gold = Gold(self.dataset.gold[self.ranked_by]).score(rollout).value.tolist()
+        return Shard(self._rows(prompts, rollout.responses, gold), tokens_of(rollout))
 
     def _rows(self, prompts: Sequence[Prompt], responses: Sequence[str], gold: Sequence[float]) -> list[dict[str, Any]]:
         """A row for each prompt; of responses that score alike the first is kept, so equal ones are too."""

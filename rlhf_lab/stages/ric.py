@@ -7,18 +7,18 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_lab.data.cleaning import Cleaning
 from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.reward_conditions import RewardContext, RewardNotation, moments
-from rlhf_lab.data.tables import read_table, write_table
+from rlhf_lab.data.tables import Rows
 from rlhf_lab.data.templates import Template
-from rlhf_lab.data.tokenise import prompt_batch, rollout_of, text_batch
+from rlhf_lab.data.tokenise import text_batch
 from rlhf_lab.engine.forward import policy_forward
 from rlhf_lab.engine.generate import Generator, Sampling
 from rlhf_lab.engine.learner import Learner, Part
@@ -38,39 +38,17 @@ from rlhf_lab.engine.models import (
 from rlhf_lab.engine.score import Scorer
 from rlhf_lab.evaluation.evaluator import Evaluator
 from rlhf_lab.functional.targets import KeepRule, TargetMap, empirical_scale, gaussian_scale, keep
-from rlhf_lab.interfaces import OfflineAlgorithm, RewardSource
-from rlhf_lab.records import Demonstration, Prompt
+from rlhf_lab.interfaces import OfflineAlgorithm
+from rlhf_lab.records import Demonstration
 from rlhf_lab.rewards.gold import Gold
 from rlhf_lab.run import Run
 from rlhf_lab.seeds import derive, generator
-from rlhf_lab.types import Count, Fraction, Metrics, NonNegativeCount, Positive, batches
+from rlhf_lab.stages.ric_responses import Author, Judge, Scored
+from rlhf_lab.stages.ric_trade_offs import TradeOffs
+from rlhf_lab.stages.shards import write_splits
+from rlhf_lab.types import Count, Fraction, Metrics, NonNegativeCount, Positive
 
 SCALE_POINTS = 101  # levels of a reward's scale: its percentiles, if it is the data's
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Responses with the raw rewards that they obtained, (N, K), more being better in each."""
-
-    prompts: Sequence[Prompt]
-    responses: Sequence[str]
-    raw: Tensor
-
-    def __len__(self) -> int:
-        return len(self.responses)
-
-    def select(self, index: Tensor) -> "Scored":
-        """The rows `index` (int64), in that order."""
-        places: list[int] = index.tolist()
-        return Scored([self.prompts[i] for i in places], [self.responses[i] for i in places], self.raw[index])
-
-    def lessons(self, context: RewardContext) -> list[Demonstration]:
-        """Each response as the one to give when its own rewards are asked for."""
-        told = context.standardised(self.raw).tolist()
-        return [
-            Demonstration(prompt=context.told(prompt, rewards, {}), response=response)
-            for prompt, rewards, response in zip(self.prompts, told, self.responses, strict=True)
-        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +57,10 @@ class Parts:
 
     template: Template
     policy: PreTrainedModel
-    rewards: Mapping[str, RewardSource]
     offline: Scored
     context: RewardContext
-    evaluator: Evaluator
-    scorer: Scorer
+    author: Author
+    trade_offs: TradeOffs
 
 
 class RiC:
@@ -223,7 +200,7 @@ class RiC:
 
     def run(self, run: Run) -> Metrics:
         parts = self._load(run)
-        done, learner_state = self._resume(run, parts)
+        done, learner_state, grid = self._resume(run, parts)
         run.console.say(
             f"{len(parts.offline)} responses under {', '.join(self.told)}; {self.offline_steps} steps, then "
             f"{self.online_iterations} iterations of {self.online_steps}; template {parts.template.style}"
@@ -233,20 +210,26 @@ class RiC:
             end = self.offline_steps + phase * self.online_steps
             if done < end:
                 # at the beginning of a phase the optimiser is fresh, as in the release
-                self._learn(run, parts, phase, begin, end, learner_state if done > begin else None)
+                self._learn(run, parts, phase, begin, end, learner_state if done > begin else None, grid)
                 learner_state, done = None, end
-        with run.folder("data") as folder:
-            for name, rows in self._tables(run, parts).items():
-                write_table(rows, folder / f"{name}.parquet")
-        with run.folder("policy") as folder:
-            save_model(folder, parts.policy, parts.template.tokenizer)
-            parts.context.save(folder)
+        iterations = range(1, self.online_iterations + 1)
+        tables = {"offline": parts.offline.rows(parts.context)}
+        tables |= {f"iteration_{i:02d}": parts.author.rows(run, i) for i in iterations}
+        run.make("data", partial(write_splits, tables | {"preference_grid": grid}))
+        run.make("policy", partial(_save, parts))
         return run.last
 
     def _learn(
-        self, run: Run, parts: Parts, phase: int, begin: int, end: int, learner_state: dict[str, Any] | None
+        self,
+        run: Run,
+        parts: Parts,
+        phase: int,
+        begin: int,
+        end: int,
+        learner_state: dict[str, Any] | None,
+        grid: Rows,
     ) -> None:
-        """The optimiser steps `begin` to `end` of one phase, 0 being offline, and its evaluation."""
+        """The optimiser steps `begin` to `end` of one phase, 0 being offline; its evaluation is added to the grid."""
         lessons, facts = self._lessons(run, parts, phase)
         online = {"lr": {"policy": self.online_lr}, "schedule": "constant", "warmup": 0} if phase else {}
         learner = self.learner(modules={"policy": parts.policy}, total_updates=end - begin, **online)
@@ -255,7 +238,7 @@ class RiC:
             learner.load_state_dict(learner_state)
             first = begin + learner.updates
         latest: Metrics = {}
-        for place in run.console.steps(f"iteration {phase}" if phase else "offline", first, end, latest):
+        for place in run.steps(f"iteration {phase}" if phase else "offline", first, end, latest):
             step = place + 1  # step k is the state after k optimiser steps
             torch.manual_seed(derive(run.seed, "dropout", place))
             parts.policy.train()
@@ -268,11 +251,14 @@ class RiC:
             if step == begin + 1:
                 metrics |= facts
             if step == end:
-                metrics |= self._evaluate(run, parts, phase, step)
+                engine = Generator(parts.policy.eval(), parts.template, self.evaluation_sampling)
+                measured, rows = parts.trade_offs.measure(run, engine, phase, step)
+                metrics |= measured
+                grid += rows
             latest.update(metrics)
             run.log(step, metrics)
-            if step == end or step % self.checkpoint_every == 0:
-                run.save(step, {"model": parameters_of(parts.policy), "learner": learner.state_dict()})
+            due = step == end or step % self.checkpoint_every == 0
+            run.checkpoint(step, partial(_state, parts, learner, grid), due=due)
 
     def _rows(self, lessons: Sequence[Demonstration], phase: int, step: int, seed: int) -> list[Demonstration]:
         """The next rows of an endless sequence of epochs, each epoch in an order of its own."""
@@ -294,8 +280,8 @@ class RiC:
         kept: list[Demonstration] = []
         facts: Metrics = {}
         for iteration in range(1, phase + 1):
-            rows = self._generated(run, parts, iteration)
-            fit = _fit(rows, parts)
+            rows = parts.author.rows(run, iteration)
+            fit = parts.author.fit(rows)
             if not len(fit):
                 raise ValueError(
                     f"none of the {len(rows)} responses of iteration {iteration} is fit to be learnt from "
@@ -319,115 +305,6 @@ class RiC:
         chosen = keep(context.standardised(scored.raw), self.quantile_threshold, self.keep_rule)
         return scored.select(chosen.nonzero()[:, 0])
 
-    def _generated(self, run: Run, parts: Parts, iteration: int) -> list[dict[str, Any]]:
-        """The rows of an iteration: made shard by shard by the policy as it is now, or read back."""
-        prompts = list({prompt.id: prompt for prompt in parts.offline.prompts}.values())
-        source = generator(run.seed, "prompts", iteration)
-        if self.with_replacement:
-            drawn = torch.randint(len(prompts), (self.num_generation_samples,), generator=source)
-        else:
-            drawn = torch.randperm(len(prompts), generator=source)[: self.num_generation_samples]
-        goals = parts.context.goals(len(drawn), derive(run.seed, "iteration", iteration)).tolist()
-        asked = [parts.context.told(prompts[i], goal, {}) for i, goal in zip(drawn.tolist(), goals, strict=True)]
-        engine = Generator(parts.policy.eval(), parts.template, self.generation_sampling)
-        cuts = list(batches(len(asked), self.prompts_per_shard))
-        made = [run.directory / f"shards/iteration_{iteration:02d}_{i:04d}/rows.parquet" for i in range(len(cuts))]
-        missing = [i for i in range(len(cuts)) if not made[i].exists()]
-        for k in run.console.steps(f"generating for iteration {iteration}, shard", 0, len(missing), {}):
-            i = missing[k]
-            seed = derive(run.seed, "generation", iteration, i)
-            rollout = engine.generate(prompt_batch(parts.template, asked[cuts[i]]), 1, seed)
-            finished = rollout.finished.tolist()
-            cleaned = [self.cleaning(*response) for response in zip(rollout.responses, finished, strict=True)]
-            shard = [
-                {"id": prompt.id, "prompt": prompt.written, "response": text, "dropped": why}
-                | {f"goal_{name}": value for name, value in zip(self.told, goal, strict=True)}
-                for prompt, (text, why), goal in zip(asked[cuts[i]], cleaned, goals[cuts[i]], strict=True)
-            ]
-            fit = [(prompt.plain, text) for prompt, (text, why) in zip(asked[cuts[i]], cleaned, strict=True) if not why]
-            raw = iter(self._score(parts.rewards, parts.template, [p for p, _ in fit], [t for _, t in fit]).tolist())
-            for row in shard:
-                obtained = [float("nan")] * len(self.told) if row["dropped"] else next(raw)
-                row |= {f"raw_{name}": value for name, value in zip(self.told, obtained, strict=True)}
-            with run.folder(f"shards/{made[i].parent.name}") as folder:
-                write_table(shard, folder / made[i].name)
-        return [row for file in made for row in read_table(file)]
-
-    def _score(
-        self, rewards: Mapping[str, RewardSource], template: Template, prompts: Sequence[Prompt], texts: Sequence[str]
-    ) -> Tensor:
-        """(N, K) float64: what the told sources say of each response, costs with their sign turned."""
-        if not texts:
-            return torch.zeros(0, len(self.told), dtype=torch.float64)
-        rollout = rollout_of(template, prompts, texts)
-        columns = [rewards[name].score(rollout).value.double() for name in self.told]
-        return torch.stack([-c if name in self.costs else c for name, c in zip(self.told, columns, strict=True)], 1)
-
-    def _evaluate(self, run: Run, parts: Parts, phase: int, step: int) -> Metrics:
-        """Every trade-off on the held-out prompts: what was asked for and what was obtained, in a table and as metrics.
-
-        The metrics are the correlations of the two, over all responses and over the means of the trade-offs; of a
-        reward of which all trade-offs ask the same there is none.
-        """
-        engine = Generator(parts.policy.eval(), parts.template, self.evaluation_sampling)
-        measured, samples = parts.evaluator.evaluate(engine, parts.scorer)
-        run.write_rows(f"samples/step_{step:06d}.jsonl", samples)
-        signs = torch.tensor([-1.0 if name in self.costs else 1.0 for name in self.told])
-        grid: list[dict[str, Any]] = []
-        metrics: Metrics = {}
-        for split in self.dataset.splits:
-            desired, obtained, means = [], [], []
-            for name, weights in parts.context.trade_offs(self.trade_off_steps).items():
-                place = f"{split}:{name}"
-                rows = [row for row in samples if row["split"] == place]
-                raw = torch.tensor([[row["scores"][told] for told in self.told] for row in rows]) * signs
-                asked, got = parts.context.asked(weights), parts.context.standardised(raw)
-                desired.append(asked.expand_as(got))
-                obtained.append(got)
-                means.append(got.mean(0))
-                by_name = zip(self.told, weights, asked.tolist(), means[-1].tolist(), strict=True)
-                grid.append(
-                    {"step": step, "phase": phase, "split": split, "responses": len(rows)}
-                    | {f"{kind}_{told}": v for told, *vs in by_name for kind, v in zip(_KINDS, vs, strict=True)}
-                    | {
-                        key.removeprefix(f"eval/{place}/").replace("/", "_"): value
-                        for key, value in measured.items()
-                        if key.startswith(f"eval/{place}/")
-                    }
-                )
-            for k, told in enumerate(self.told):
-                wanted, found = torch.cat(desired)[:, k], torch.cat(obtained)[:, k]
-                if len(wanted.unique()) == 1:  # one reward alone has nothing to be traded for
-                    continue
-                points = torch.stack([torch.stack(desired)[:, 0, k], torch.stack(means)[:, k]])
-                prefix = f"eval/{split}/ric/{told}"
-                metrics[f"{prefix}/correlation"] = torch.corrcoef(torch.stack([wanted, found]))[0, 1].item()
-                metrics[f"{prefix}/correlation_of_means"] = torch.corrcoef(points)[0, 1].item()
-        with run.folder(f"shards/preference_grid_{phase:02d}") as folder:
-            write_table(grid, folder / "rows.parquet")
-        return metrics
-
-    def _tables(self, run: Run, parts: Parts) -> dict[str, list[dict[str, Any]]]:
-        """What the run leaves to be read: what was learnt from with its rewards, and what the trade-offs obtained."""
-        tables: dict[str, list[dict[str, Any]]] = {}
-        columns = zip(parts.offline.raw.tolist(), parts.context.standardised(parts.offline.raw).tolist(), strict=True)
-        tables["offline"] = [
-            {"id": prompt.id, "prompt": prompt.written, "response": response}
-            | {f"raw_{name}": value for name, value in zip(self.told, raw, strict=True)}
-            | {f"obtained_{name}": value for name, value in zip(self.told, told, strict=True)}
-            for prompt, response, (raw, told) in zip(
-                parts.offline.prompts, parts.offline.responses, columns, strict=True
-            )
-        ]
-        for iteration in range(1, self.online_iterations + 1):
-            tables[f"iteration_{iteration:02d}"] = self._generated(run, parts, iteration)
-        tables["preference_grid"] = [
-            row
-            for phase in range(self.online_iterations + 1)
-            for row in read_table(run.directory / f"shards/preference_grid_{phase:02d}/rows.parquet")
-        ]
-        return tables
-
     def _load(self, run: Run) -> Parts:
         """Read weights and data, and score the data once; everything that is shared is made here."""
         template = Template(load_tokenizer(self.model.policy, self.new_tokens), self.dataset.template_style)
@@ -438,7 +315,13 @@ class RiC:
             "new_tokens": new_token_ids(template.tokenizer, self.new_tokens),
         }
         rewards = {name: source.load(self.hardware, template) for name, source in self.rewards.items()}
-        offline = self._offline(run, rewards, template)
+        judge = Judge(
+            sources={name: rewards[name] for name in self.told},
+            costs=self.costs,
+            template=template,
+            per_shard=self.prompts_per_shard,
+        )
+        offline = judge.offline(run, self.data)
         mean, sd = moments(offline.raw, self.told)
         units = (offline.raw - mean) / sd
         context = RewardContext(
@@ -471,56 +354,48 @@ class RiC:
             for split, each in held_out.items()
             for name, told in context.under_trade_offs(each, self.trade_off_steps).items()
         }
+        policy = load_policy(self.model.policy, **options)
+        gold = {name: Gold(measure) for name, measure in self.dataset.gold.items()}
         return Parts(
             template=template,
-            policy=load_policy(self.model.policy, **options),
-            rewards=rewards,
+            policy=policy,
             offline=offline,
             context=context,
-            evaluator=Evaluator(prompts, {n: Gold(m) for n, m in self.dataset.gold.items()}, template, run.seed),
-            scorer=scorer,
+            author=Author(
+                policy=policy,
+                judge=judge,
+                context=context,
+                prompts=list({prompt.id: prompt for prompt in offline.prompts}.values()),
+                sampling=self.generation_sampling,
+                num_prompts=self.num_generation_samples,
+                with_replacement=self.with_replacement,
+                cleaning=self.cleaning,
+            ),
+            trade_offs=TradeOffs(
+                context=context,
+                evaluator=Evaluator(prompts, gold, template, run.seed),
+                scorer=scorer,
+                splits=tuple(self.dataset.splits),
+                costs=self.costs,
+                steps=self.trade_off_steps,
+            ),
         )
 
-    def _offline(self, run: Run, rewards: Mapping[str, RewardSource], template: Template) -> Scored:
-        """The responses of the data sets with their rewards, scored shard by shard, or read back."""
-        prompts: list[Prompt] = []
-        responses: list[str] = []
-        for reads, data in self.data.items():
-            _, asked, sides = data.table(data.train_split, reads, template)
-            for texts in sides.values():
-                prompts += asked
-                responses += texts
-        cuts = list(batches(len(responses), self.prompts_per_shard))
-        made = [run.directory / f"shards/offline_{i:04d}/rows.parquet" for i in range(len(cuts))]
-        missing = [i for i in range(len(cuts)) if not made[i].exists()]
-        for k in run.console.steps("scoring, shard", 0, len(missing), {}):
-            i = missing[k]
-            scores = self._score(rewards, template, prompts[cuts[i]], responses[cuts[i]]).tolist()
-            with run.folder(f"shards/{made[i].parent.name}") as folder:
-                write_table([dict(zip(self.told, row, strict=True)) for row in scores], folder / made[i].name)
-        raw = [[row[name] for name in self.told] for file in made for row in read_table(file)]
-        return Scored(prompts, responses, torch.tensor(raw, dtype=torch.float64))
-
-    def _resume(self, run: Run, parts: Parts) -> tuple[int, dict[str, Any] | None]:
-        """(optimiser steps done, state of the optimiser), with the policy as it was after the last checkpoint."""
+    def _resume(self, run: Run, parts: Parts) -> tuple[int, dict[str, Any] | None, Rows]:
+        """(optimiser steps done, state of the optimiser, trade-offs measured), and the policy as it was then."""
         resumed = run.resume()
         if resumed is None:
-            return 0, None
+            return 0, None, []
         step, state = resumed
         restore_parameters(parts.policy, state["model"])
-        return step, state["learner"]
+        return step, state["learner"], state["grid"]
 
 
-_KINDS = ("weight", "desired", "obtained")
+def _state(parts: Parts, learner: Learner, grid: Rows) -> dict[str, Any]:
+    """Everything that changes during a run; random numbers are derived from the step and need no saving."""
+    return {"model": parameters_of(parts.policy), "learner": learner.state_dict(), "grid": grid}
 
 
-def _fit(rows: Sequence[Mapping[str, Any]], parts: Parts) -> Scored:
-    """Those of the generated rows that were not dropped."""
-    by_id = {prompt.id: prompt for prompt in parts.offline.prompts}
-    fit = [row for row in rows if not row["dropped"]]
-    raw = [[row[f"raw_{name}"] for name in parts.context.names] for row in fit]
-    return Scored(
-        [by_id[row["id"]] for row in fit],
-        [row["response"] for row in fit],
-        torch.tensor(raw, dtype=torch.float64).reshape(len(fit), len(parts.context.names)),
-    )
+def _save(parts: Parts, folder: Path) -> None:
+    save_model(folder, parts.policy, parts.template.tokenizer)
+    parts.context.save(folder)

@@ -22,7 +22,7 @@ from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.provenance import prompts_behind, prompts_of_table, runs_behind
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
-from rlhf_lab.engine.checkpoint import publish, sha256, write_atomically
+from rlhf_lab.engine.checkpoint import publish, sha256
 from rlhf_lab.engine.generate import Generator, Sampling
 from rlhf_lab.engine.models import LEARNT, Hardware, ModelPaths, check_path, load_frozen, load_tokenizer
 from rlhf_lab.evaluation.metrics import half_width
@@ -163,7 +163,7 @@ class SafetyTest:
         }
         if exported:
             self._export(verdict)
-        write_atomically(run.directory / "verdict.json", json.dumps(verdict, indent=1))
+        run.write_text("verdict.json", json.dumps(verdict, indent=1))
         run.console.say(self._sentence(verdict))
         metrics |= {"safety/bound": upper, "safety/limit": self.limit, "safety/passed": float(passed)}
         run.log(0, metrics)

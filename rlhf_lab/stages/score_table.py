@@ -1,18 +1,21 @@
 """Scores of a data set's responses by reward models, as further columns of its table."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
 from rlhf_lab.data.dataset import Dataset
-from rlhf_lab.data.tables import read_table, write_table
+from rlhf_lab.data.tables import Rows, read_table
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import rollout_of
-from rlhf_lab.engine.checkpoint import write_atomically
 from rlhf_lab.engine.models import Hardware, ModelPaths, check_path, load_tokenizer
+from rlhf_lab.interfaces import RewardSource
+from rlhf_lab.records import Prompt
 from rlhf_lab.run import Run
+from rlhf_lab.stages.shards import Shard, sharded, tokens_of, write_splits
 from rlhf_lab.types import Count, Metrics, batches
 
 
@@ -74,31 +77,41 @@ class ScoreTable:
             run.warn(0, note)
         metrics: Metrics = {}
         scored: dict[str, list[dict[str, Any]]] = {}
-        for split, (rows, prompts, responses) in tables.items():
+        for split, (rows, prompts, sides) in tables.items():
             name = names[split]
-            scored[name] = []
-            parts = list(batches(len(rows), self.rows_per_shard))
-            for i in run.console.steps(f"scoring {split}, shard", 0, len(parts), metrics):
-                done = run.directory / f"shards/{split}_{i:04d}/rows.parquet"
-                if not done.exists():
-                    shard = [dict(row) for row in rows[parts[i]]]
-                    for side, texts in responses.items():
-                        rollout = rollout_of(template, prompts[parts[i]], texts[parts[i]])
-                        for source, scorer in sources.items():
-                            for row, value in zip(shard, scorer.score(rollout).value.tolist(), strict=True):
-                                row[f"score_{source}{side}"] = value
-                    with run.folder(f"shards/{split}_{i:04d}") as folder:
-                        write_table(shard, folder / done.name)
-                scored[name] += read_table(done)
-            for source, statistics in _statistics(scored[name], self.rewards, responses).items():
+            shards = [
+                partial(
+                    self._shard, sources, template, rows[part], prompts[part], {s: r[part] for s, r in sides.items()}
+                )
+                for part in batches(len(rows), self.rows_per_shard)
+            ]
+            made = sharded(run, split, f"scoring {split}", shards)
+            scored[name] = [row for file in made for row in read_table(file)]
+            for source, statistics in _statistics(scored[name], self.rewards, sides).items():
                 metrics |= {f"{name}/{source}/{key}": value for key, value in statistics.items()}
         reference = _statistics(scored["train"], self.rewards, tables[self.dataset.train_split][2])
-        write_atomically(run.directory / "statistics.json", json.dumps(reference, indent=1))
-        with run.folder("data") as folder:
-            for name, rows in scored.items():
-                write_table(rows, folder / f"{name}.parquet")
+        run.write_text("statistics.json", json.dumps(reference, indent=1))
+        run.make("data", partial(write_splits, scored))
         run.log(0, metrics)
         return metrics
+
+    def _shard(
+        self,
+        sources: Mapping[str, RewardSource],
+        template: Template,
+        rows: Rows,
+        prompts: Sequence[Prompt],
+        sides: Mapping[str, Sequence[str]],
+    ) -> Shard:
+        """The rows with their scores; a side is what the columns of its responses end with."""
+        scored, tokens = [dict(row) for row in rows], 0
+        for side, responses in sides.items():
+            rollout = rollout_of(template, prompts, responses)
+            tokens += tokens_of(rollout)
+            for name, source in sources.items():
+                for row, value in zip(scored, source.score(rollout).value.tolist(), strict=True):
+                    row[f"score_{name}{side}"] = value
+        return Shard(scored, tokens)
 
 
 def _statistics(

@@ -1,15 +1,12 @@
 """A soup of policies, measured on every held-out split; and, if asked, every weighting of them on a lattice."""
 
-import json
 import re
-import shutil
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from functools import partial
 from typing import Any
 
 from rlhf_lab.data.dataset import Dataset
-from rlhf_lab.data.tables import read_table, write_table
+from rlhf_lab.data.tables import read_table
 from rlhf_lab.engine.generate import Sampling
 from rlhf_lab.engine.models import Hardware, ModelPaths
 from rlhf_lab.engine.soups import Space, check_soup, merge
@@ -17,9 +14,10 @@ from rlhf_lab.functional.simplex import simplex_lattice
 from rlhf_lab.interfaces import Conditions
 from rlhf_lab.run import Run
 from rlhf_lab.stages.evaluate import Bench, Evaluate
+from rlhf_lab.stages.shards import is_sound, store, write_splits
 from rlhf_lab.types import Count, Metrics, NonNegative
 
-MIXTURE = ".mixture"  # a lattice point's weights, while it is measured
+MIXTURE = "mixture"  # a lattice point's weights, while it is measured
 
 
 class Soup:
@@ -74,24 +72,22 @@ class Soup:
 
     def run(self, run: Run) -> Metrics:
         run.resume()  # there are no checkpoints: the finished points of the lattice are what it continues from
-        for left in run.directory.glob(f"{MIXTURE}*"):  # by a process that was killed
-            shutil.rmtree(left)
         policy = run.directory / "policy"
-        if not policy.exists():
-            with run.folder("policy") as folder:
-                merge(self.policies, self.weights, self.space, folder)
+        if not run.has("policy"):
+            run.make("policy", partial(merge, self.policies, self.weights, self.space))
         bench = self.evaluation.bench(str(policy), run.seed)
         for note in self.evaluation.dataset.notes:
             run.warn(0, note)
         points = list(simplex_lattice(len(self.policies), self.grid)) if self.grid else []
         table: list[dict[str, Any]] = []
-        for k in run.console.steps("lattice of weights, point", 0, len(points), {}):
+        for k in run.steps("lattice of weights, point", 0, len(points), {}):
+            run.pause()
             metrics = self._point(run, bench, k, points[k])
             table += _by_split(points[k], metrics)
             run.log(k, metrics | _named(points[k]))
+        run.drop(MIXTURE)
         if table:
-            with run.folder("data") as folder:
-                write_table(table, folder / "lattice.parquet")
+            run.make("data", partial(write_splits, {"lattice": table}))
         metrics, rows = bench.measure(str(policy))
         run.write_rows(f"samples/step_{len(points):06d}.jsonl", rows)
         run.log(len(points), metrics | _named(self.weights))
@@ -99,14 +95,11 @@ class Soup:
 
     def _point(self, run: Run, bench: Bench, k: int, weights: Sequence[float]) -> Metrics:
         """Mix, measure and forget; what was measured stays in `lattice/<k>`, so that it is done once."""
-        place = Path(f"lattice/{k:05d}")
-        if not (run.directory / place).exists():
-            with TemporaryDirectory(dir=run.directory, prefix=MIXTURE) as mixture:
-                merge(self.policies, weights, self.space, Path(mixture))
-                metrics, rows = bench.measure(mixture)
-            with run.folder(str(place)) as folder:
-                write_table([metrics], folder / "metrics.parquet")
-                (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        place = f"lattice/{k:05d}"
+        if not is_sound(run, place):
+            run.make(MIXTURE, partial(merge, self.policies, weights, self.space))
+            metrics, rows = bench.measure(str(run.directory / MIXTURE))
+            store(run, place, {"metrics.parquet": [metrics], "samples.jsonl": rows})
         [metrics] = read_table(run.directory / place / "metrics.parquet")
         return metrics
 

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import pair_batch, quadruple_batch, ranking_batch, safety_pair_batch, text_batch
 from rlhf_lab.engine.average import MovingAverage
+from rlhf_lab.engine.checkpoint import seal
 from rlhf_lab.engine.forward import policy_forward, text_logprobs, text_scores
 from rlhf_lab.engine.generate import Generator
 from rlhf_lab.engine.learner import Learner, Part, Trainable
@@ -39,6 +41,7 @@ from rlhf_lab.run import Run
 from rlhf_lab.seeds import derive, generator
 from rlhf_lab.stages.calibrate import CalibrationMethod, ReferenceSet
 from rlhf_lab.stages.evaluate import Bench, Evaluate
+from rlhf_lab.stages.shards import is_sound
 from rlhf_lab.types import Count, Metrics, NonNegativeCount, Term, batches
 
 if TYPE_CHECKING:
@@ -53,6 +56,7 @@ BATCHES = {
     "safety_pairs": safety_pair_batch,
 }
 
+REFERENCE = "logprobs.safetensors"
 PACKED_TO_CHECK = 8  # rows on which a model is seen to keep packed rows apart
 
 
@@ -192,7 +196,7 @@ class TrainOffline:
         latest: Metrics = {}
         if bench and first == 0:
             run.log(0, self._sample(run, bench, model, 0) | {"episode": 0.0})
-        for done in run.console.steps(self.algorithm.reads, first, total, latest):
+        for done in run.steps(self.algorithm.reads, first, total, latest):
             step = done + 1  # step k is the state after k optimiser steps
             epoch, place = divmod(done, steps_per_epoch)
             order = torch.randperm(len(records), generator=generator(run.seed, "order", epoch))
@@ -214,15 +218,13 @@ class TrainOffline:
                     metrics |= self._sample(run, bench, model, step)
             latest.update(metrics)
             run.log(step, metrics)
-            if last or step % self.checkpoint_every == 0:
-                run.save(step, self._state(model, learner, guide))
+            due = last or step % self.checkpoint_every == 0
+            run.checkpoint(step, partial(self._state, model, learner, guide), due=due)
 
-        with run.folder(name) as folder:
-            if self.trains_policy:
-                save_model(folder, model, template.tokenizer)
-            else:
-                calibration = reference_set.calibrate(model.eval(), template, self.calibration, run.console)
-                save_model(folder, model, template.tokenizer, calibration)
+        units = None
+        if not self.trains_policy:
+            units = reference_set.calibrate(model.eval(), template, self.calibration, run.console)
+        run.make(name, lambda folder: save_model(folder, model, template.tokenizer, units))
         return run.last
 
     def _state(self, model: "PreTrainedModel", learner: Learner, guide: MovingAverage) -> dict[str, Any]:
@@ -286,8 +288,8 @@ class TrainOffline:
         """The records, and what the reference says of their responses, which is computed once and kept on disk."""
         if not getattr(self.algorithm, "uses_reference", False):
             return Lesson(records, ())
-        kept = run.directory / "reference" / split / "logprobs.safetensors"
-        if not kept.exists():
+        place = f"reference/{split}"
+        if not is_sound(run, place):
             device = self.hardware.start()
             options = {"device": device, "dtype": LEARNT, "seed": derive(run.seed, "initial weights")}
             new_tokens = new_token_ids(template.tokenizer, self.model.new_tokens)
@@ -298,9 +300,14 @@ class TrainOffline:
                 by_length(text, budget, device, lambda part: policy_forward(reference, part).sequence_logprobs)
                 for text in batch.texts
             ]
-            with run.folder(f"reference/{split}") as folder:
-                save_file({str(i): column for i, column in enumerate(columns)}, folder / "logprobs.safetensors")
-        saved = load_file(kept)
+
+            def fill(folder: Path) -> None:
+                save_file({str(i): column for i, column in enumerate(columns)}, folder / REFERENCE)
+                seal(folder)
+
+            run.make(place, fill)
+        run.pause()
+        saved = load_file(run.directory / place / REFERENCE)
         return Lesson(records, tuple(saved[str(i)] for i in range(len(saved))))
 
     @torch.no_grad()

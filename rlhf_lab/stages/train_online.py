@@ -184,7 +184,7 @@ class TrainOnline:
         latest: Metrics = {}
         if first == 0:  # step k is the state after k iterations
             run.log(0, self._evaluate(run, parts, 0) | {"episode": 0.0})
-        for iteration in run.console.steps("step", first, self.steps, latest):
+        for iteration in run.steps("step", first, self.steps, latest):
             step = iteration + 1
             metrics = self._iterate(parts, iteration, run.seed)
             episode += self.batch_size
@@ -196,10 +196,9 @@ class TrainOnline:
                 metrics |= self._evaluate(run, parts, step)
             latest.update(metrics)
             run.log(step, metrics)
-            if last or step % self.checkpoint_every == 0:
-                run.save(step, self._state(parts, episode))
-        with run.folder("policy") as folder:
-            save_model(folder, parts.policy, parts.template.tokenizer)
+            due = last or step % self.checkpoint_every == 0
+            run.checkpoint(step, partial(self._state, parts, episode), due=due)
+        run.make("policy", lambda folder: save_model(folder, parts.policy, parts.template.tokenizer))
         return run.last
 
     def _iterate(self, parts: Parts, iteration: int, seed: int) -> Metrics:

@@ -153,17 +153,17 @@ def test_a_failure_says_where_and_can_be_continued(error, said, plan_of, tmp_pat
     from rlhf_lab.stages.train_offline import TrainOffline
 
     typed = ["algorithm=sft", "debug=smoke", f"runs_dir={tmp_path}", "name=x"]
-    finished: list[bool] = []
+    finished: list[str] = []
 
     def fail(self: object, run: object) -> None:
         raise error
 
     with monkeypatch.context() as broken:
         broken.setattr(TrainOffline, "run", fail)
-        broken.setattr("rlhf_lab.tracking.NoTracker.finish", lambda self: finished.append(True))
+        broken.setattr("rlhf_lab.tracking.NoTracker.finish", lambda self, state: finished.append(state))
         with pytest.raises(RunFailed, match=said):
             execute(plan_of(*typed))
-    assert finished == [True]
+    assert finished == ["failed"]
     assert json.loads((tmp_path / "x/status.json").read_text())["state"] == "failed"
     assert "test_execute.py" in (tmp_path / "x/error.txt").read_text()
     execute(plan_of(*typed))

@@ -168,13 +168,15 @@ def test_a_run_that_was_stopped_continues_as_if_it_had_not_been(
             raise RuntimeError("stopped")
         return original(*arguments, **named)
 
-    import rlhf_lab.stages.ric as stage
+    import rlhf_lab.stages.ric
+    import rlhf_lab.stages.shards
 
-    original = getattr(stage, part)
-    monkeypatch.setattr(stage, part, stopping)
+    module = rlhf_lab.stages.shards if part == "write_table" else rlhf_lab.stages.ric
+    original = getattr(module, part)
+    monkeypatch.setattr(module, part, stopping)
     with pytest.raises(RunFailed):
         execute(plan)
-    monkeypatch.setattr(stage, part, original)
+    monkeypatch.setattr(module, part, original)
     execute(plan)
     assert metrics(run) == metrics(whole)
     for table in ("offline", "iteration_01", "iteration_02", "preference_grid"):

@@ -38,7 +38,7 @@ def annotated(tmp_path, world):
         )
         run = Run.open(
             tmp_path / f"{ties}_{better_by}",
-            config={"seed": 0},
+            config={"seed": 0, "keep_checkpoints": 2},
             overrides=[],
             artifacts={},
             tracker=NoTracker(),

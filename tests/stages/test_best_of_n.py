@@ -59,7 +59,12 @@ def best_of_n(tmp_path, world):
         )
         stage.check()
         run = Run.open(
-            tmp_path / name, config={"seed": 0}, overrides=[], artifacts={}, tracker=NoTracker(), console=Console()
+            tmp_path / name,
+            config={"seed": 0, "keep_checkpoints": 2},
+            overrides=[],
+            artifacts={},
+            tracker=NoTracker(),
+            console=Console(),
         )
         try:
             return tmp_path / name, stage.run(run)

@@ -32,7 +32,12 @@ def tables(tmp_path: Path) -> Tables:
 def joined(tmp_path: Path, stage: Join) -> dict[str, list[dict[str, Any]]]:
     stage.check()
     run = Run.open(
-        tmp_path / "run", config={"seed": 0}, overrides=[], artifacts={}, tracker=NoTracker(), console=Console()
+        tmp_path / "run",
+        config={"seed": 0, "keep_checkpoints": 2},
+        overrides=[],
+        artifacts={},
+        tracker=NoTracker(),
+        console=Console(),
     )
     try:
         stage.run(run)

@@ -61,7 +61,14 @@ def table(folder: Path, **settings: Any) -> Dataset:
 
 
 def carry_out(directory: Path, stage: Quadruples) -> None:
-    run = Run.open(directory, config={"seed": 0}, overrides=[], artifacts={}, tracker=NoTracker(), console=Console())
+    run = Run.open(
+        directory,
+        config={"seed": 0, "keep_checkpoints": 2},
+        overrides=[],
+        artifacts={},
+        tracker=NoTracker(),
+        console=Console(),
+    )
     try:
         stage.run(run)
     finally:

@@ -64,7 +64,12 @@ def test_what_the_data_set_has_to_say_is_said(rank, tmp_path, monkeypatch):
     stage = rank()
     stage.dataset.notes.append("some rows were dropped")
     run = Run.open(
-        tmp_path / "run", config={"seed": 0}, overrides=[], artifacts={}, tracker=NoTracker(), console=Console()
+        tmp_path / "run",
+        config={"seed": 0, "keep_checkpoints": 2},
+        overrides=[],
+        artifacts={},
+        tracker=NoTracker(),
+        console=Console(),
     )
     try:
         stage.run(run)

@@ -78,7 +78,7 @@ def carry_out(stage: SafetyTest, directory: Path, **config: Any) -> dict[str, An
     stage.check()
     run = Run.open(
         directory,
-        config={"seed": 0, "limit": stage.limit, **config},
+        config={"seed": 0, "keep_checkpoints": 2, "limit": stage.limit, **config},
         overrides=[],
         artifacts={},
         tracker=NoTracker(),

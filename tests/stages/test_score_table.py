@@ -70,7 +70,12 @@ def scored(tmp_path):
         )
         stage.check()
         run = Run.open(
-            tmp_path / name, config={"seed": 0}, overrides=[], artifacts={}, tracker=NoTracker(), console=Console()
+            tmp_path / name,
+            config={"seed": 0, "keep_checkpoints": 2},
+            overrides=[],
+            artifacts={},
+            tracker=NoTracker(),
+            console=Console(),
         )
         try:
             stage.run(run)

@@ -60,7 +60,12 @@ def carried_out(tmp_path):
     def carry_out(stage, name="soup") -> tuple[Path, dict[str, float]]:
         stage.check()
         run = Run.open(
-            tmp_path / name, config={"seed": 0}, overrides=[], artifacts={}, tracker=NoTracker(), console=Console()
+            tmp_path / name,
+            config={"seed": 0, "keep_checkpoints": 2},
+            overrides=[],
+            artifacts={},
+            tracker=NoTracker(),
+            console=Console(),
         )
         try:
             return tmp_path / name, stage.run(run)
@@ -109,12 +114,12 @@ def test_points_that_were_measured_before_a_kill_are_not_measured_again(settings
     for file in (directory / "lattice/00002").iterdir():
         file.unlink()
     (directory / "lattice/00002").rmdir()
-    (directory / ".mixture_left").mkdir()
+    (directory / "mixture").mkdir()
     kept = {path: path.stat().st_mtime_ns for path in directory.glob("lattice/*/metrics.parquet")}
     assert carried_out(stage()) == (directory, last)
     assert (directory / "data/lattice.parquet").read_bytes() == table
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert not list(directory.glob(".mixture*"))
+    assert not list(directory.glob("*mixture*"))
 
 
 def test_what_cannot_be_mixed_is_refused_before_anything_is_loaded(settings, policies):

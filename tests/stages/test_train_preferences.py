@@ -127,7 +127,14 @@ def stage(algorithm: Any, dataset: Dataset, **changes: Any) -> TrainOffline:
 
 def carry_out(directory: Path, training: TrainOffline) -> list[dict[str, float]]:
     """One run, or the rest of one; the lines of its log."""
-    run = Run.open(directory, config={"seed": SEED}, overrides=[], artifacts={}, tracker=NoTracker(), console=Console())
+    run = Run.open(
+        directory,
+        config={"seed": SEED, "keep_checkpoints": 2},
+        overrides=[],
+        artifacts={},
+        tracker=NoTracker(),
+        console=Console(),
+    )
     try:
         training.run(run)
     finally:

@@ -1,0 +1,63 @@
+"""What a run says of its steps: metrics.jsonl, warnings.jsonl and samples/, where every step stands once."""
+
+import json
+import math
+from pathlib import Path
+
+from rlhf_lab.engine.checkpoint import append_line, write_atomically
+from rlhf_lab.types import Metrics
+
+METRICS, WARNINGS = "metrics.jsonl", "warnings.jsonl"
+
+
+class Journal:
+    """The lines of a run, as the one process writes them that holds its directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._warned: list[str] = []  # lines of warnings.jsonl from this process
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Append one step's metrics, flushed to disk."""
+        values = {key: _plain(value) for key, value in metrics.items()}
+        append_line(self.directory / METRICS, json.dumps({"step": step, **values}))
+
+    def warn(self, step: int, message: str) -> None:
+        """Append a warning."""
+        self._warned.append(json.dumps({"step": step, "message": message}))
+        append_line(self.directory / WARNINGS, self._warned[-1])
+
+    def last_step(self) -> int:
+        """The last step that was logged, taken back or not; -1 if there is none."""
+        steps = map(_step_of, self._lines(METRICS))
+        return max((int(step) for step in steps if math.isfinite(step)), default=-1)
+
+    def take_back(self, step: int) -> Metrics:
+        """Drop what is said of later steps, since they will be done again; returns the last metrics that are left."""
+        metrics = [line for line in self._lines(METRICS) if _step_of(line) <= step]
+        # what was said of the data just now, before resuming, stays, and stands there once
+        older = [line for line in self._lines(WARNINGS) if _step_of(line) <= step and line not in self._warned]
+        for name, kept in ((METRICS, metrics), (WARNINGS, [*older, *self._warned])):
+            if (self.directory / name).exists():
+                write_atomically(self.directory / name, "".join(line + "\n" for line in kept))
+        for table in (self.directory / "samples").glob("step_*.jsonl"):
+            if int(table.stem.removeprefix("step_")) > step:
+                table.unlink()
+        return {k: float(value) for k, value in json.loads(metrics[-1]).items() if k != "step"} if metrics else {}
+
+    def _lines(self, name: str) -> list[str]:
+        path = self.directory / name
+        return path.read_text().splitlines() if path.exists() else []
+
+
+def _plain(value: float) -> float | str:
+    """JSON has no NaN: spell what is not finite."""
+    return value if math.isfinite(value) else str(value)
+
+
+def _step_of(line: str) -> float:
+    """The step of a JSON line; a line cut short by a crash belongs to no step that is kept."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf
