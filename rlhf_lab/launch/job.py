@@ -20,7 +20,6 @@ from typing import IO, Any
 FINISHED, FAILED, REFUSED, STOPPED = 0, 1, 2, 75  # what a worker's exit code says
 REQUESTS = (signal.SIGUSR2, signal.SIGTERM)
 POLL_S = 0.2
-HURRY_S = 10  # of the grace: kept for requeuing
 _PR_SET_PDEATHSIG = 1
 _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
@@ -120,15 +119,17 @@ class Requests:
 
     def __init__(self) -> None:
         self.came: list[signal.Signals] = []
-        self.since = 0.0  # when the first one came
         self._before: dict[signal.Signals, Any] = {}
 
     def listen(self) -> None:
         self._before = {number: signal.signal(number, self._note) for number in REQUESTS}
 
+    def restore(self) -> None:
+        """Leave the signals to whoever handled them before."""
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if not self.came:
-            self.since = time.monotonic()
         self.came.append(signal.Signals(number))
 
     def pass_on(self, number: signal.Signals) -> None:
@@ -143,7 +144,7 @@ class Supervisor:
 
     Args:
         restarts: how often a worker that was killed is started again without having made anything new in between.
-        grace_s: how long after a request the end of the worker is waited for.
+        limit_s: from now; when that is over, a worker that was asked to stop is not waited for any longer.
         log: where what it says goes; none: where this process says its own.
         environment: of the worker, beside what this process has.
     """
@@ -154,12 +155,13 @@ class Supervisor:
         requests: Requests,
         *,
         restarts: int,
-        grace_s: float,
+        limit_s: float,
         log: IO[str] | None = None,
         environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        self.task, self.requests, self.restarts, self.grace_s = task, requests, restarts, grace_s
+        self.task, self.requests, self.restarts = task, requests, restarts
         self.log, self.environment = log, environment
+        self._until = time.monotonic() + limit_s
         self._kills = 0
         self._made: frozenset[str] = frozenset()
         self._worker: subprocess.Popen[bytes] | None = None
@@ -173,7 +175,7 @@ class Supervisor:
     def poll(self) -> int | None:
         """How it ended, as a worker's exit code, or None if it goes on; to be called several times a second.
 
-        STOPPED is also said when the grace ran out.
+        STOPPED is also said when the time ran out.
         """
         if self._worker is None:
             return self._begin()
@@ -216,9 +218,9 @@ class Supervisor:
         assert self._worker is not None
         with suppress(ProcessLookupError):
             os.killpg(self._worker.pid, signal.SIGUSR2)  # whatever the request was: save and stop
-        if time.monotonic() - self.requests.since <= self.grace_s:
+        if time.monotonic() <= self._until:
             return None
-        say(f"no step ended within {self.grace_s:.0f} s; the last checkpoint counts", self.log)
+        say("no step ended before the time was over; the last checkpoint counts", self.log)
         return STOPPED
 
     def _again(self, name: str) -> int | None:
@@ -234,67 +236,3 @@ class Supervisor:
 def say(line: str, log: IO[str] | None = None) -> None:
     """A line in the log of the job."""
     print(f"{time.strftime('%F %T')} {line}", file=log or sys.stdout, flush=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunJob:
-    """The callable that SLURM's job runs: one frozen plan, as often as the job is started.
-
-    Fields:
-        restarts: see `Supervisor`; also how often the job is requeued after the whole of it was killed.
-        grace_s: seconds between SLURM's warning and its kill.
-        log: the folder with the jobs' logs.
-    """
-
-    root: str
-    digest: str
-    restarts: int
-    grace_s: float
-    log: str
-
-    def __call__(self) -> None:
-        """Returns when the run is finished; requeues the job when it was asked to stop.
-
-        Raises:
-            JobFailed: the run failed, was refused, or was killed too often.
-            SystemExit: it was stopped by a person.
-        """
-        requests = Requests()
-        requests.listen()
-        task = Task.read(Path(self.root), self.digest)
-        if is_first_node():
-            self._forget_kills(task)
-        grace_s = max(self.grace_s - HURRY_S, 1)
-        code = Supervisor(task, requests, restarts=self.restarts, grace_s=grace_s).wait()
-        if code == FINISHED:
-            return
-        if code != STOPPED:
-            raise JobFailed(f"{task.directory}: {status(task.directory).get('error') or 'failed'}")
-        if not requests.came or (signal.SIGUSR2 not in requests.came and _is_cancelled()):
-            say(f"{task.directory} was stopped on request")
-            sys.exit(STOPPED)
-        if not is_first_node():
-            time.sleep(self.grace_s)  # the first node requeues the job, which ends this process
-        requests.pass_on(signal.SIGUSR2)
-
-    def checkpoint(self) -> Any:
-        """What submitit runs after a requeue: the same again, which continues the run."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
-
-    def _forget_kills(self, task: Task) -> None:
-        """What the batch script counts begins anew once the run got further (see `slurm.TEARDOWN`)."""
-        array, place = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-        job = f"{array}_{place}" if array else os.environ.get("SLURM_JOB_ID", "none")
-        killed, before = Path(self.log) / f"{job}.killed", Path(self.log) / f"{job}.made"
-        if killed.exists() and before.exists() and task.made() - set(before.read_text().splitlines()):
-            killed.unlink()
-        before.write_text("\n".join(sorted(task.made())))
-
-
-def _is_cancelled() -> bool:
-    """Whether SLURM ends this job for good; a job that it preempts is running until its grace is over."""
-    asked = ["squeue", "--noheader", "--format=%T", f"--jobs={os.environ['SLURM_JOB_ID']}"]
-    answer = subprocess.run(asked, capture_output=True, text=True, check=False)
-    return answer.stdout.split() != ["RUNNING"]

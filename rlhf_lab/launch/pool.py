@@ -4,6 +4,7 @@ That process is a job of submitit's local executor, whose own process starts it,
 """
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from rlhf_lab.launch.sweep import Sweep
 
 YEAR_MIN = 365 * 24 * 60  # submitit's local jobs have a time limit
-FOREVER_S = 1e9  # nobody kills them after a grace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class PoolJob:
                         task,
                         requests,
                         restarts=self.restarts,
-                        grace_s=FOREVER_S,
+                        limit_s=math.inf,
                         log=log,
                         environment={} if device is None else {"CUDA_VISIBLE_DEVICES": device},
                     )

@@ -1,14 +1,11 @@
 """A sweep as jobs of SLURM, through submitit: rounds of missing artifacts, then every run, as arrays."""
 
-import fcntl
-import json
 import os
-import re
 import shlex
 import subprocess
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -18,10 +15,14 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import clean_env
 
 from rlhf_lab.console import Console
+from rlhf_lab.launch.claims import claim, claiming
 from rlhf_lab.launch.compose import ROOT
+from rlhf_lab.launch.controller import array_of, largest_array, live_jobs
 from rlhf_lab.launch.executors import Slurm
-from rlhf_lab.launch.job import RunJob, Task
+from rlhf_lab.launch.job import Task
 from rlhf_lab.launch.schedule import waves
+from rlhf_lab.launch.slurm_job import RunJob
+from rlhf_lab.launch.snapshot import environment, snapshot
 from rlhf_lab.launch.sweep import SUBMISSION, Sweep, jobs, record_job
 
 # SLURM itself requeues after a node's failure, a run asks for it when it is warned; but not when the step is killed
@@ -62,7 +63,7 @@ def submit(settings: Slurm, sweep: Sweep) -> list[dict[str, Any]]:
                 for digest, job in new.items():
                     claim(needed[digest], job, sweep)
                 submitted += _record(sweep, new)
-                after = sorted({_array(job) for job in new.values()} | set(after))
+                after = sorted({array_of(job) for job in new.values()} | set(after))
             submitted += _record(sweep, submission.send(runs, sweep.name, after))
         except BaseException:
             submission.cancel()
@@ -115,7 +116,9 @@ class _Submission:
         for first in range(0, len(tasks), self.largest):
             part = tasks[first : first + self.largest]
             # a throttle is one array's: the next one waits for it, so that no more than `at_once` run together
-            ids = self._send(part, name, [*after, *({_array(job) for job in new.values()} if self._throttled else ())])
+            ids = self._send(
+                part, name, [*after, *({array_of(job) for job in new.values()} if self._throttled else ())]
+            )
             new |= {task.digest: job for task, job in zip(part, ids, strict=True)}
         return new
 
@@ -129,7 +132,7 @@ class _Submission:
         executor.update_parameters(**parameters(self.settings, self.sweep, self.code, name, after, len(tasks)))
         log.mkdir(exist_ok=True)
         before = set(log.iterdir())
-        how = {"restarts": self.settings.restarts, "grace_s": self.settings.signal_delay_s, "log": str(log)}
+        how = {"restarts": self.settings.restarts, "limit_s": 60 * self.settings.time_min, "log": str(log)}
         try:
             # what sbatch says is in the error; in a job, SLURM's variables would become options of the new job
             with redirect_stderr(StringIO()), _outside_of_a_job(), executor.batch():
@@ -149,7 +152,7 @@ class _Submission:
     def cancel(self) -> None:
         """Take back what was submitted."""
         if self.sent:
-            subprocess.run(["scancel", *sorted({_array(job) for job in self.sent})], check=False)
+            subprocess.run(["scancel", *sorted({array_of(job) for job in self.sent})], check=False)
 
 
 def parameters(settings: Slurm, sweep: Sweep, code: Path, name: str, after: Sequence[str], size: int) -> dict[str, Any]:
@@ -185,126 +188,12 @@ def parameters(settings: Slurm, sweep: Sweep, code: Path, name: str, after: Sequ
     }
 
 
-def environment(code: Path) -> list[str]:
-    """Lines of shell by which a job imports the project from `code`, and from nowhere else."""
-    path = f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"
-    return [path, "export PYTHONSAFEPATH=1"]  # python -m would look into the working directory first
-
-
 @contextmanager
 def _outside_of_a_job() -> Iterator[None]:
     kept = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}  # which cluster it is
     with clean_env():
         os.environ |= kept
         yield
-
-
-def snapshot(root: Path) -> Path:
-    """A copy of the project's files as they are now, changed and new ones too; one that is there already stays.
-
-    Raises:
-        ValueError: the project is no git repository, so that nobody knows which files are its own.
-    """
-    code = root / "code"
-    if code.exists():
-        return code
-    asked = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    answer = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
-    if answer.returncode != 0:
-        raise ValueError(f"executor.snapshot=true copies what git knows of {ROOT}, but: {answer.stderr.strip()}")
-    partial = root / ".code.tmp"
-    files = "\0".join(name for name in answer.stdout.split("\0") if name and (ROOT / name).exists())
-    partial.mkdir(parents=True, exist_ok=True)
-    copied = ["tar", "--create", "--null", "--no-recursion", "--files-from=-"]
-    archive = subprocess.run(copied, cwd=ROOT, input=files.encode(), stdout=subprocess.PIPE, check=True).stdout
-    subprocess.run(["tar", "--extract"], cwd=partial, input=archive, check=True)
-    partial.rename(code)
-    return code
-
-
-def largest_array() -> int:
-    """How many jobs the cluster takes in one array.
-
-    Raises:
-        ValueError: there is no cluster, or it does not answer.
-    """
-    answer = ask(["scontrol", "show", "config"])
-    found = re.search(r"MaxArraySize\s*=\s*(\d+)", answer)
-    assert found, "scontrol show config does not say MaxArraySize"
-    return max(int(found[1]), 1)  # the largest index is one less
-
-
-def live_jobs(ids: Collection[str]) -> set[str]:
-    """Those of the jobs that are waiting or running.
-
-    Raises:
-        ValueError: SLURM does not answer.
-    """
-    if not ids:
-        return set()
-    arrays = sorted({_array(job) for job in ids})
-    try:
-        answer = ask(["squeue", "--noheader", "--array", "--format=%i", f"--jobs={','.join(arrays)}"])
-    except ValueError as error:
-        if "Invalid job id" in str(error):  # all of them are so old that SLURM has forgotten them
-            return set()
-        raise
-    return set(answer.split()) & set(ids)
-
-
-def ask(command: Sequence[str]) -> str:
-    """What one of SLURM's tools answers.
-
-    Raises:
-        ValueError: it is not there, or it failed.
-    """
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"there is no {command[0]} here: executor=slurm is for a machine from which jobs are submitted; "
-            "executor=pool runs in the background of this one"
-        ) from error
-    if answer.returncode != 0:
-        raise ValueError(f"{' '.join(command)}: {answer.stderr.strip() or f'exit code {answer.returncode}'}")
-    return answer.stdout
-
-
-def _array(job: str) -> str:
-    return job.split("_")[0]
-
-
-def _claim_file(artifact: Task) -> Path:
-    return artifact.directory.parent / f".{artifact.directory.name}.job"
-
-
-@contextmanager
-def claiming(artifacts: Collection[Task]) -> Iterator[dict[str, str | None]]:
-    """While this is open, nobody else submits a job for these artifacts.
-
-    Yields:
-        digest -> the live job that builds it already, for this sweep or another, or None.
-    """
-    with ExitStack() as held:
-        noted: dict[str, str] = {}
-        for artifact in sorted(artifacts, key=lambda task: task.directory):  # in one order, so that two never wait
-            file = _claim_file(artifact)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            lock = held.enter_context(file.open("a+"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            lock.seek(0)
-            if said := lock.read():
-                noted[artifact.digest] = json.loads(said)["job"]
-        live = live_jobs(set(noted.values()))
-        yield {
-            artifact.digest: noted[artifact.digest] if noted.get(artifact.digest) in live else None
-            for artifact in artifacts
-        }
-
-
-def claim(artifact: Task, job: str, sweep: Sweep) -> None:
-    """Note which job builds an artifact, so that another sweep waits for it."""
-    _claim_file(artifact).write_text(json.dumps({"job": job, "sweep": str(sweep.root)}))
 
 
 def _record(sweep: Sweep, new: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -322,8 +211,8 @@ def _say(
 ) -> None:
     console = Console()
     own = {task.digest for task in runs}
-    arrays = sorted({_array(job["job"]) for job in submitted if job["plan"] in own})
-    artifacts = sorted({_array(job["job"]) for job in submitted if job["plan"] not in own})
+    arrays = sorted({array_of(job["job"]) for job in submitted if job["plan"] in own})
+    artifacts = sorted({array_of(job["job"]) for job in submitted if job["plan"] not in own})
     if not runs:
         console.say(f"sweep {sweep.name}: every run is finished or under way; nothing was submitted")
     else:

@@ -20,7 +20,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from submitit.slurm.slurm import _make_sbatch_string
 
-from rlhf_lab.launch import slurm
+from rlhf_lab.launch import claims, slurm, snapshot
 from rlhf_lab.launch.check import BadConfig
 from rlhf_lab.launch.compose import ROOT
 from rlhf_lab.launch.executors import Here, Pool, Slurm, revive
@@ -259,13 +259,13 @@ def test_a_snapshot_holds_the_files_as_they_are_and_stays(tmp_path, monkeypatch)
     (project / "package" / "added.py").write_text("new")
     (project / "runs").mkdir()
     (project / "runs" / "big").write_text("weights")
-    monkeypatch.setattr(slurm, "ROOT", project)
+    monkeypatch.setattr(snapshot, "ROOT", project)
 
-    code = slurm.snapshot(tmp_path / "sweep")
+    code = snapshot.snapshot(tmp_path / "sweep")
     held = {str(file.relative_to(code)): file.read_text() for file in code.rglob("*") if file.is_file()}
     assert held == {".gitignore": "runs/\n", "same.py": "old", "changed.py": "new", "package/added.py": "new"}
     (project / "same.py").write_text("later")
-    assert (slurm.snapshot(tmp_path / "sweep") / "same.py").read_text() == "old"
+    assert (snapshot.snapshot(tmp_path / "sweep") / "same.py").read_text() == "old"
 
 
 def test_a_job_imports_the_project_from_one_place(tmp_path):
@@ -274,7 +274,7 @@ def test_a_job_imports_the_project_from_one_place(tmp_path):
         (tmp_path / place / "rlhf_lab").mkdir(parents=True)
         (tmp_path / place / "rlhf_lab" / "__init__.py").write_text(f"PLACE = {place!r}")
     (tmp_path / "here" / "asks.py").write_text("import rlhf_lab; print(rlhf_lab.PLACE)")
-    script = "\n".join([*slurm.environment(tmp_path / "snapshot"), f"{sys.executable} -m rlhf_lab.launch.none"])
+    script = "\n".join([*snapshot.environment(tmp_path / "snapshot"), f"{sys.executable} -m rlhf_lab.launch.none"])
     script = script.replace("-m rlhf_lab.launch.none", "-c 'import rlhf_lab; print(rlhf_lab.PLACE)'")
     said = subprocess.run(
         ["bash", "-c", script],
@@ -293,25 +293,25 @@ def artifact(root: Path, name: str) -> Task:
 
 def test_an_artifact_is_claimed_until_its_job_is_over(tmp_path, monkeypatch):
     live = {"5_1"}
-    monkeypatch.setattr(slurm, "live_jobs", lambda ids: live & set(ids))
+    monkeypatch.setattr(claims, "live_jobs", lambda ids: live & set(ids))
     one, other = artifact(tmp_path, "one"), artifact(tmp_path, "other")
-    with slurm.claiming([one, other]) as builders:
+    with claims.claiming([one, other]) as builders:
         assert builders == {"one": None, "other": None}
-        slurm.claim(one, "5_1", sweep_at(tmp_path))
-    with slurm.claiming([one, other]) as builders:
+        claims.claim(one, "5_1", sweep_at(tmp_path))
+    with claims.claiming([one, other]) as builders:
         assert builders == {"one": "5_1", "other": None}
     live.clear()
-    with slurm.claiming([one]) as builders:
+    with claims.claiming([one]) as builders:
         assert builders == {"one": None}
 
 
 CLAIMS = """
 import sys
 from pathlib import Path
-from rlhf_lab.launch import slurm
+from rlhf_lab.launch import claims
 from tests.launch.test_executors import artifact
 root = Path(sys.argv[1])
-with slurm.claiming([artifact(root, "one")]):
+with claims.claiming([artifact(root, "one")]):
     (root / "claims").touch()
     sys.stdin.readline()
 """

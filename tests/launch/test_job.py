@@ -19,13 +19,13 @@ from rlhf_lab.launch.job import (
     REFUSED,
     STOPPED,
     Requests,
-    RunJob,
     Supervisor,
     Task,
     note_failure,
     status,
 )
 from rlhf_lab.launch.pool import process_started, ready
+from rlhf_lab.launch.slurm_job import RunJob
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -45,8 +45,8 @@ def scripted(directory: Path, script: str, needs: tuple[str, ...] = ()) -> Scrip
     return Scripted(root=directory.parent, digest="0", directory=directory, num_processes=1, needs=needs, script=script)
 
 
-def end_of(task: Task, restarts: int = 2, grace_s: float = 30) -> int:
-    return Supervisor(task, Requests(), restarts=restarts, grace_s=grace_s).wait()
+def end_of(task: Task, restarts: int = 2, limit_s: float = 30) -> int:
+    return Supervisor(task, Requests(), restarts=restarts, limit_s=limit_s).wait()
 
 
 def eventually(condition: Callable[[], object], seconds: float = 60) -> None:
@@ -121,7 +121,7 @@ from tests.launch.test_job import scripted
 requests = Requests()
 requests.listen()
 task = scripted(Path(sys.argv[1]), sys.argv[2])
-sys.exit(Supervisor(task, requests, restarts=1, grace_s=float(sys.argv[3])).wait())
+sys.exit(Supervisor(task, requests, restarts=1, limit_s=float(sys.argv[3])).wait())
 """
 SAVES_WHEN_ASKED = """
 import signal, time
@@ -135,10 +135,10 @@ os._exit(75)
 """
 
 
-def supervisor_of(run: Path, script: str, grace_s: float = 60) -> subprocess.Popen[bytes]:
+def supervisor_of(run: Path, script: str, limit_s: float = 60) -> subprocess.Popen[bytes]:
     run.mkdir()
     return subprocess.Popen(
-        [sys.executable, "-c", SUPERVISES, str(run), script, str(grace_s)],
+        [sys.executable, "-c", SUPERVISES, str(run), script, str(limit_s)],
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     )
@@ -167,7 +167,7 @@ def test_a_request_to_the_whole_step_while_the_worker_is_still_loading_is_heard_
 
 def test_when_the_grace_is_over_the_job_goes_on_without_the_worker_which_dies_with_it(tmp_path):
     script = "open('loads', 'w').write(str(os.getpid()))\nimport time\ntime.sleep(600)"
-    supervisor = supervisor_of(tmp_path / "run", script, grace_s=0.5)
+    supervisor = supervisor_of(tmp_path / "run", script, limit_s=0.5)
     loads = tmp_path / "run" / "loads"
     eventually(lambda: loads.exists() and loads.read_text())
     supervisor.send_signal(signal.SIGUSR2)
@@ -186,7 +186,7 @@ def test_a_worker_does_not_outlive_a_supervisor_that_is_killed(tmp_path):
 
 
 def test_a_job_travels_by_name_and_wakes_without_torch(tmp_path):
-    job = RunJob(root=str(tmp_path), digest="0", restarts=1, grace_s=10, log=str(tmp_path))
+    job = RunJob(root=str(tmp_path), digest="0", restarts=1, limit_s=10, log=str(tmp_path))
     (tmp_path / "job.pkl").write_bytes(cloudpickle.dumps(job))
     assert len((tmp_path / "job.pkl").read_bytes()) < 1000
     wakes = "import pickle, sys; job = pickle.load(open(sys.argv[1], 'rb')); print(job.digest, 'torch' in sys.modules)"
