@@ -20,16 +20,8 @@ def chains(trial: Trial, kills: int, seed: int, only: int | None) -> list[Chain]
     number = 0 if only is None else only
     while (left := kills - sum(len(chain.kills) for chain in done)) > 0:
         most = min(left, MOST_KILLS)
-        # the clock and the operations take turns
-        done.append(
-            trial.chain(
-                number,
-                seed,
-                most=most,
-                from_nothing=number == 0,
-                timed=lambda k, number=number: (number + k) % 2 == 1,
-            )
-        )
+        moments = trial.drawn(number, seed, most=most, from_nothing=number == 0)
+        done.append(trial.chain(number, moments, from_nothing=number == 0))
         if only is not None:
             break
         number += 1

@@ -36,7 +36,18 @@ class AtOperation:
         return f"{'in' if self.half else 'after'} operation {self.place}"
 
 
-Moment = AtTime | AtOperation
+@dataclass(frozen=True, kw_only=True)
+class AtFirst:
+    """A kill at the first file operation "function path" that matches the pattern `like`."""
+
+    like: str
+    half: bool
+
+    def __str__(self) -> str:
+        return f"{'in' if self.half else 'after'} the first {self.like}"
+
+
+Moment = AtTime | AtOperation | AtFirst
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +98,18 @@ def forget_library() -> None:
 def sit(folder: Path, command: Sequence[str], moment: Moment | None) -> Sitting:
     """Start `command` in `folder` and kill it at `moment`, if it lives so long; files in folder/runs count."""
     said, note = folder / "said.txt", folder / "operations.txt"
-    place = 2 * moment.place + (not moment.half) if isinstance(moment, AtOperation) else -1
+    match moment:
+        case AtOperation():
+            when = {"DOOM_AT": str(2 * moment.place + (not moment.half))}
+        case AtFirst():
+            when = {"DOOM_AT": str(int(not moment.half)), "DOOM_LIKE": moment.like}
+        case _:
+            when = {"DOOM_AT": "-1"}
     environment = {
         **os.environ,
         **{"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
         **{"LD_PRELOAD": str(library()), "DOOM_ROOT": str(folder.resolve() / "runs"), "DOOM_NOTE": str(note)},
-        "DOOM_AT": str(place),
+        **when,
     }
     note.write_text("")
     begun = time.monotonic()

@@ -3,7 +3,7 @@
 import random
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,16 +109,21 @@ class Trial:
         self.alone = self._undisturbed("control", self.whole.runs)
         return list(differences(self.alone.runs, self.whole.runs))
 
-    def chain(self, number: int, seed: int, *, most: int, from_nothing: bool, timed: Callable[[int], bool]) -> Chain:
-        """Kill one run up to `most` times; `timed` says of the k-th process whether a clock or an operation ends it."""
+    def drawn(self, number: int, seed: int, *, most: int, from_nothing: bool) -> list[Moment]:
+        """The moments of chain `number`; clock and operations take turns."""
+        like = self.whole if from_nothing else self.alone
+        return [
+            like.moment(random.Random(f"{seed} {' '.join(self.typed)} {number} {k}"), timed=(number + k) % 2 == 1)
+            for k in range(most)
+        ]
+
+    def chain(self, number: int, moments: Sequence[Moment], *, from_nothing: bool) -> Chain:
+        """Kill one run at each of the moments; a process that comes to its end before its moment ends the chain."""
         folder = self.folder / f"chain_{number:02d}"
         self._prepare(folder, None if from_nothing else self.whole.runs)
         chain = Chain(number=number, from_nothing=from_nothing)
-        like = self.whole if from_nothing else self.alone
         before: dict[str, int] = {}
-        for k in range(most + 1):
-            source = random.Random(f"{seed} {' '.join(self.typed)} {number} {k}")
-            moment = like.moment(source, timed(k)) if k < most else None
+        for moment in [*moments, None]:
             sitting = sit(folder, self.command, moment)
             if moment is None or not sitting.killed:
                 chain.losses.extend(self._at_the_end(folder, sitting, from_nothing))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.doom import AtOperation, AtTime, forget_library, sit
+from tests.chaos.doom import AtFirst, AtOperation, AtTime, forget_library, sit
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 
@@ -25,7 +25,7 @@ os.remove("runs/old")
 OPERATIONS = ["mkdir new", "open new/.a.tmp", "write new/.a.tmp", "fsync new/.a.tmp", "rename new/a", "unlink old"]
 
 
-def started(folder: Path, moment: AtOperation | AtTime | None):
+def started(folder: Path, moment: AtFirst | AtOperation | AtTime | None):
     (folder / "runs").mkdir()
     (folder / "runs/old").write_text("old")
     return sit(folder, [sys.executable, "-c", PROGRAM], moment)
@@ -67,3 +67,12 @@ def test_a_kill_comes_at_its_time_or_never_to_what_was_faster(tmp_path: Path):
     assert sit(tmp_path / "slow", ["sleep", "60"], AtTime(seconds=0.2)).killed
     (tmp_path / "fast").mkdir()
     assert started(tmp_path / "fast", AtTime(seconds=60)).code == 0
+
+
+def test_a_kill_comes_at_the_first_operation_that_is_like_the_pattern(tmp_path: Path):
+    sitting = started(tmp_path, AtFirst(like="* new/.?.tmp", half=False))
+    assert sitting.operations == OPERATIONS[:2]
+    assert (tmp_path / "runs/new/.a.tmp").read_text() == ""
+    assert sitting.killed
+    (tmp_path / "never").mkdir()
+    assert started(tmp_path / "never", AtFirst(like="rmdir *", half=True)).code == 0
