@@ -22,6 +22,7 @@ def listen() -> None:
     """
     for number in SIGNALS:
         signal.signal(number, _note)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a rank is started with them held back until here
 
 
 def requested() -> str | None:

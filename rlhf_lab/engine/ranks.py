@@ -2,12 +2,13 @@
 
 Data parallel by rows. Every rank holds the whole (weightless) batch and draws the same random numbers, so all take the
 same decisions; what costs time is cut by `share`, done by one rank each, and put together again. Whoever writes a
-method never meets a rank. Every rank must reach every function here that sends: a rank that fails ends the others.
+method never meets a rank. Every rank must reach every function here that sends: when one fails, the others are `Lost`.
 """
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, overload
 
@@ -16,6 +17,25 @@ from torch import Tensor, distributed, nn
 
 Item = TypeVar("Item")
 PATIENCE = timedelta(minutes=30)  # for a rank that writes, or asks a judge, while the others wait
+_missed: list[str] = []  # what sending failed with
+
+
+class Lost(RuntimeError):
+    """Another process of this run is gone, so this one cannot go on; why, the other one knows."""
+
+
+def lost() -> bool:
+    """Whether this process was left alone by another of its run."""
+    return bool(_missed)
+
+
+@contextmanager
+def _sending() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # gloo has no type of its own for this
+        _missed.append(str(error))
+        raise Lost("another process of this run ended, or does not answer") from error
 
 
 def start(device: torch.device) -> None:
@@ -33,17 +53,18 @@ def start(device: torch.device) -> None:
     if device.type == "cuda":
         if device.index is not None:
             raise ValueError(f"hardware.device={device} with several processes; use cuda, so that each takes its own")
-        there = torch.cuda.device_count()
-        torch.cuda.set_device(local_rank() % there)
+        if there := torch.cuda.device_count():  # without any, the run is refused in its own words
+            torch.cuda.set_device(local_rank() % there)
         if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= there:
             backend = "cpu:gloo,cuda:nccl"
-    distributed.init_process_group(backend, timeout=PATIENCE)
+    with _sending():
+        distributed.init_process_group(backend, timeout=PATIENCE)
 
 
 def stop() -> None:
     """Leave, when every rank has done its work; not for use after an error, when the others may never come."""
     if distributed.is_initialized():
-        distributed.barrier()
+        barrier()
         distributed.destroy_process_group()
 
 
@@ -104,7 +125,8 @@ def gather_rows(rows: Tensor | None) -> Tensor:
     counts = [0 if kind is None else kind[0][0] for kind in kinds]
     sizes = [count * math.prod(shape) * dtype.itemsize for count in counts]
     parts = [torch.empty(max(sizes), dtype=torch.uint8) for _ in sizes]
-    distributed.all_gather(parts, nn.functional.pad(mine, (0, max(sizes) - len(mine))))
+    with _sending():
+        distributed.all_gather(parts, nn.functional.pad(mine, (0, max(sizes) - len(mine))))
     whole = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
     return whole.view(dtype).view(sum(counts), *shape)
 
@@ -125,7 +147,8 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     ]
     present = torch.tensor([float(p.grad is not None) for p in learnt], device=device)
     flat = torch.cat([*pieces, present])
-    distributed.all_reduce(flat)
+    with _sending():
+        distributed.all_reduce(flat)
     *sums, counts = flat.split([*(p.numel() for p in learnt), len(learnt)])
     for parameter, total, count in zip(learnt, sums, counts.tolist(), strict=True):
         parameter.grad = total.view_as(parameter).to(parameter.dtype) if count else None
@@ -161,7 +184,8 @@ def gather(value: Any) -> list[Any]:
     if world() == 1:
         return [value]
     values: list[Any] = [None] * world()
-    distributed.all_gather_object(values, value)
+    with _sending():
+        distributed.all_gather_object(values, value)
     return values
 
 
@@ -170,7 +194,8 @@ def broadcast(value: Any) -> Any:
     if world() == 1:
         return value
     holder = [value]
-    distributed.broadcast_object_list(holder, src=0)
+    with _sending():
+        distributed.broadcast_object_list(holder, src=0)
     return holder[0]
 
 
@@ -179,11 +204,13 @@ def agree(flag: bool) -> bool:
     if world() == 1:
         return flag
     raised = torch.tensor(int(flag))
-    distributed.all_reduce(raised, op=distributed.ReduceOp.MAX)
+    with _sending():
+        distributed.all_reduce(raised, op=distributed.ReduceOp.MAX)
     return bool(raised)
 
 
 def barrier() -> None:
     """Wait until every rank is here."""
     if world() > 1:
-        distributed.barrier()
+        with _sending():
+            distributed.barrier()

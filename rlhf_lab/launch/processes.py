@@ -1,0 +1,147 @@
+"""The processes of one run on this node: `python -m rlhf_lab.launch.processes <sweep> <digest of the plan>`.
+
+They are started by torch's elastic agent, one of which is on every node of the job; they meet at the first node. When
+one of them is killed all are started again, and continue from the checkpoint that they have in common.
+"""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import zlib
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from rlhf_lab.launch import outcome
+from rlhf_lab.launch.job import REFUSED, REQUESTS, Requests, Supervisor, Task, in_slurm, say
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.agent.server.api import RunResult
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+RESTARTS = 10  # of all ranks, in the life of one launcher
+FIRST_PORT, PORTS = 20_000, 12_000  # below those that Linux gives away by itself
+MEETING_S = 600  # how long nodes wait for each other
+
+
+def per_node(num_processes: int, nodes: int) -> int:
+    """How many of a run's processes are on each node.
+
+    Raises:
+        ValueError: they are not the same number everywhere.
+    """
+    if num_processes % nodes:
+        raise ValueError(
+            f"num_processes={num_processes} cannot be the same number on each of {nodes} nodes; "
+            f"use num_processes={max(1, round(num_processes / nodes)) * nodes} or change executor.nodes"
+        )
+    return num_processes // nodes
+
+
+def nodes_of_job() -> list[str]:
+    """The nodes of the SLURM job that this process is of; only this machine outside of one."""
+    if not in_slurm():
+        return ["localhost"]
+    asked = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
+    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
+
+
+def meeting_point(nodes: list[str], name: str) -> str:
+    """host:port where the agents of the nodes meet; alone, any free port of this machine.
+
+    Several nodes cannot agree on a free port before they have met: it follows from the name that they share.
+    """
+    return f"{nodes[0]}:{0 if len(nodes) == 1 else FIRST_PORT + zlib.crc32(name.encode()) % PORTS}"
+
+
+def agent_of(task: Task, nodes: list[str]) -> "LocalElasticAgent":
+    """What starts this node's part of the run's processes, and starts them again."""
+    from torch.distributed.elastic.agent.server.api import WorkerSpec
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+    from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+    job = f"{os.environ.get('SLURM_JOB_ID', os.getpid())}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+    meeting = RendezvousParameters(
+        backend="c10d",
+        endpoint=meeting_point(nodes, job),
+        run_id=job,
+        min_nodes=len(nodes),
+        max_nodes=len(nodes),
+        local_addr=os.environ.get("SLURMD_NODENAME") if len(nodes) > 1 else "localhost",
+        join_timeout=MEETING_S,
+        is_host=str(len(nodes) == 1 or os.environ.get("SLURM_NODEID") == "0"),
+    )
+    spec = WorkerSpec(
+        role="rank",
+        local_world_size=per_node(task.num_processes, len(nodes)),
+        entrypoint=sys.executable,
+        args=("-u", "-m", "rlhf_lab.launch.worker", str(task.root), task.digest),
+        rdzv_handler=get_rendezvous_handler(meeting),
+        max_restarts=RESTARTS,
+        local_addr=meeting.local_addr,
+    )
+    return LocalElasticAgent(spec, logs_specs=DefaultLogsSpecs())
+
+
+def supervised(task: Task) -> int:
+    """Do a run with all its processes in the foreground, what it needs included; returns its exit code.
+
+    The launcher is a process of its own, which may hold back signals before it has any thread.
+    """
+    requests = Requests()
+    requests.listen()
+    whole = replace(task, needs=())  # its ranks build what it needs, as a run of one process does
+    try:
+        return Supervisor(whole, requests, restarts=RESTARTS, limit_s=math.inf).wait()
+    finally:
+        requests.restore()
+
+
+def pass_on(agent: "LocalElasticAgent") -> None:
+    """Hand requests to stop to the ranks, for ever; in them they wait until the rank listens."""
+    while True:
+        signal.sigwait(REQUESTS)
+        for worker in agent.get_worker_group().workers:
+            with suppress(ProcessLookupError, TypeError):  # it has ended, or has not been started
+                os.kill(worker.id, signal.SIGUSR2)
+
+
+def run(task: Task) -> int:
+    """Do this node's part of the run; returns an exit code of the contract in `rlhf_lab.launch.job`.
+
+    Raises:
+        ValueError: its processes do not spread over the nodes.
+    """
+    agent = agent_of(task, nodes_of_job())
+    threading.Thread(target=pass_on, args=(agent,), daemon=True).start()
+    ending = task.root / "log" / f"{task.digest}.outcome"
+    ending.parent.mkdir(exist_ok=True)
+    ending.unlink(missing_ok=True)  # before the nodes have met, and so before any rank can write it
+    os.environ[outcome.FILE] = str(ending)
+    failures = cast("RunResult", agent.run()).failures  # its decorator hides its type
+    agent.get_worker_group().spec.rdzv_handler.shutdown()
+    for rank, failure in sorted(failures.items()):
+        say(f"rank {rank} ended with exit code {failure.exitcode}")
+    return outcome.read(ending)
+
+
+def main() -> None:
+    """Exit with what `run` returns."""
+    # blocked and waited for in a thread: the mask is inherited, so that ranks that do not listen yet are not killed
+    signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
+    root, digest = sys.argv[1:]
+    try:
+        sys.exit(run(Task.read(Path(root), digest)))
+    except ValueError as error:
+        say(f"error: {error}")
+        sys.exit(REFUSED)
+
+
+if __name__ == "__main__":
+    main()
