@@ -1,6 +1,7 @@
 """Starting what was composed: say it only, run it here, or freeze it and hand it over."""
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,12 +11,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from rlhf_lab.console import Console
+from rlhf_lab.environment import code_state
 from rlhf_lab.launch.compose import Plan, plan_run
 from rlhf_lab.launch.execute import RunFailed, execute, preflight
 from rlhf_lab.launch.executors import Here
+from rlhf_lab.launch.job import STOPPED, Task
 from rlhf_lab.launch.multirun import Launching, check_points, launching_of, plan_points
 from rlhf_lab.launch.sweep import SUBMISSION, Sweep, freeze
-from rlhf_lab.run import code_state
 from rlhf_lab.types import Metrics
 
 
@@ -36,9 +38,13 @@ def start_run(config: DictConfig, overrides: Sequence[str], choices: Mapping[str
         _forecast([plan], how)
         return None
     executor = instantiate(how.executor)
-    if isinstance(executor, Here):
+    if isinstance(executor, Here) and not _is_shared(plan):
         return _returned(execute(plan), config.returns, plan)
     preflight(plan)
+    if isinstance(executor, Here):
+        if code := _share(_freeze(plan.directory / SUBMISSION, [plan], how), plan):
+            sys.exit(code)
+        return _returned({}, config.returns, plan)
     if config.returns is not None:
         raise ValueError(f"returns={config.returns} is known when the run is over; use executor=here")
     _submit(plan.directory / SUBMISSION, [plan], how)
@@ -47,13 +53,15 @@ def start_run(config: DictConfig, overrides: Sequence[str], choices: Mapping[str
 
 def start_sweep(typed: Sequence[str]) -> int:
     """All points of a sweep: checked, frozen, then run here or handed over. Returns the exit code."""
+    if "RANK" in os.environ:
+        raise ValueError("a sweep starts the processes of its runs itself; use num_processes=<n> instead of torchrun")
     plans, how = plan_points(typed)
     check_points(plans)
     if how.plan:
         _forecast(plans, how)
         return 0
     if isinstance(instantiate(how.executor), Here):
-        return _one_after_the_other(_freeze(how.root, plans, how), plans)
+        return run_here(_freeze(how.root, plans, how), plans)
     _submit(how.root, plans, how)
     return 0
 
@@ -77,7 +85,7 @@ def _forecast(plans: Sequence[Plan], how: Launching) -> None:
     show(plans, how)
 
 
-def _one_after_the_other(sweep: Sweep, plans: Sequence[Plan]) -> int:
+def run_here(sweep: Sweep, plans: Sequence[Plan]) -> int:
     """Run the points; one that stops does not stop the others."""
     from rlhf_lab.launch.main import say_why
     from rlhf_lab.report.sweep import build_sweep_report
@@ -88,13 +96,31 @@ def _one_after_the_other(sweep: Sweep, plans: Sequence[Plan]) -> int:
     for i, plan in enumerate(plans, 1):
         console.say(f"[{i}/{len(plans)}] {plan.directory.name}")
         try:
-            execute(plan)
+            if not _is_shared(plan):
+                execute(plan)
+            elif (code := _share(sweep, plan)) == STOPPED:
+                sys.exit(code)
+            elif code:
+                stopped.append(code)
         except (ValueError, RunFailed) as error:
             stopped.append(say_why(error, list(plan.overrides), prefix=f"{' '.join(plan.overrides)}: "))
     console.say(f"the sweep's page: {build_sweep_report(sweep.root)}")
     if stopped:
         console.say(f"error: {len(stopped)} of {len(plans)} runs of the sweep did not finish")
     return min(stopped, default=0)
+
+
+def _is_shared(plan: Plan) -> bool:
+    """Whether its processes are still to be started; torchrun and accelerate have done it."""
+    return plan.num_processes > 1 and "RANK" not in os.environ
+
+
+def _share(sweep: Sweep, plan: Plan) -> int:
+    """Do a frozen run with several processes, and wait for it; returns its exit code."""
+    from rlhf_lab.launch.processes import supervised
+
+    digest = next(run.plan for run in sweep.runs if run.directory == plan.directory.absolute())
+    return supervised(Task.read(sweep.root, digest))
 
 
 def _returned(metrics: Metrics, name: str | None, plan: Plan) -> float | None:
