@@ -37,7 +37,8 @@ class Journal:
         metrics = [line for line in self._lines(METRICS) if _step_of(line) <= step]
         # what was said of the data just now, before resuming, stays, and stands there once
         older = [line for line in self._lines(WARNINGS) if _step_of(line) <= step and line not in self._warned]
-        for name, kept in ((METRICS, metrics), (WARNINGS, [*older, *self._warned])):
+        warnings = sorted([*self._warned, *older], key=_step_of)  # as if it had not been interrupted
+        for name, kept in ((METRICS, metrics), (WARNINGS, warnings)):
             if (self.directory / name).exists():
                 write_atomically(self.directory / name, "".join(line + "\n" for line in kept))
         for table in (self.directory / "samples").glob("step_*.jsonl"):

@@ -25,6 +25,7 @@ from rlhf_lab.engine.checkpoint import (
     load_newest,
     load_tree,
     publish,
+    remove,
     save_tree,
     write_atomically,
 )
@@ -39,9 +40,10 @@ from rlhf_lab.types import Metrics
 # settings that change nothing that a run measures
 INCIDENTAL = ("tracker", "artifacts", "keep_checkpoints", "hardware.threads", "stage.hardware.threads")
 STOP = "stop"  # a file of this name in a run's directory asks it to stop
+SUBMISSION = "submission"  # a folder of those who started the run
 PREAMBLE = {
     *(".lock", "config.yaml", "overrides.yaml", "environment.json", "status.json", "error.txt", "warnings.jsonl"),
-    *("tracker.json", "wandb", STOP, "submission", ".job.json"),
+    *("tracker.json", "wandb", STOP, SUBMISSION, ".job.json"),
 }
 Result = TypeVar("Result")
 
@@ -127,9 +129,7 @@ class Run:
             self._lock.write(
                 f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}\n".encode()
             )
-            for folder in (".", "checkpoints", "samples", "shards", "reference", "lattice", "plots"):
-                for half_written in (directory / folder).glob(".*.tmp"):  # by a process that was killed
-                    shutil.rmtree(half_written) if half_written.is_dir() else half_written.unlink()
+            _sweep_up(directory)
             frozen = directory / "config.yaml"
             if frozen.exists():
                 changed = [
@@ -251,7 +251,7 @@ class Run:
     def drop_checkpoints(self) -> None:
         """A finished run needs none; they stay if all are to be kept."""
         if ranks.is_first() and self._keep != "all":
-            shutil.rmtree(self.directory / "checkpoints", ignore_errors=True)
+            remove(self.directory / "checkpoints")
 
     def note_end(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """As the end of a `with` block: why the run ended, the traceback of a failure in error.txt."""
@@ -325,7 +325,7 @@ class Run:
     def drop(self, relative: str) -> None:
         """Remove a folder that is needed no more, if it is there."""
         if ranks.is_first():
-            shutil.rmtree(self.directory / relative, ignore_errors=True)
+            remove(self.directory / relative)
         ranks.barrier()
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -335,7 +335,7 @@ class Run:
             save_tree(folder / f"step_{step:06d}", state)
             if isinstance(self._keep, int):
                 for _, old in list(checkpoints(folder))[self._keep :]:
-                    shutil.rmtree(old)
+                    remove(old)
         ranks.barrier()
 
     def resume(self) -> tuple[int, dict[str, Any]] | None:
@@ -385,6 +385,13 @@ class Run:
         write_atomically(file, json.dumps(stored | {"sittings": [*before, now]}, indent=1))
         if before and (changed := list(changes(before[-1], now))):
             self.warn(resumed_from or 0, f"continued under other code or packages: {'; '.join(changed)}")
+
+
+def _sweep_up(directory: Path) -> None:
+    """Remove what a process that was killed left half-written, or half-removed."""
+    for folder in (directory, *(path for path in directory.iterdir() if path.is_dir() and path.name != SUBMISSION)):
+        for left in folder.glob(".*.tmp"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def is_finished(directory: Path) -> bool:

@@ -4,6 +4,7 @@ A checkpoint is a folder that appears under its name in one rename, after its fi
 is said loudly and never loaded in part. No pickles.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -98,16 +99,30 @@ def _flush(path: Path) -> None:
 def publish(temporary: Path, final: Path) -> None:
     """Give a finished folder its name: files and folder flushed to disk, then one rename.
 
-    A folder that has the name already goes last, when nothing can fail any more but the machine.
+    A folder that has the name already goes last, when nothing can fail any more but the machine; never is half of it
+    there.
     """
     for entry in temporary.rglob("*"):
         if entry.is_file():
             _flush(entry)
     _flush(temporary)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(temporary, final)
+    remove(final, lambda: os.replace(temporary, final))
     _flush(final.parent)
+
+
+def remove(folder: Path, meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Remove a folder, if it is there, so that its name has all of it or none: renamed first, then emptied.
+
+    Args:
+        meanwhile: what is done between the two, e.g. to give the name to another folder.
+    """
+    doomed = folder.with_name(f".{folder.name}.{os.getpid()}.old.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    if folder.exists():
+        with contextlib.suppress(FileNotFoundError):  # by another process that does the same
+            os.replace(folder, doomed)
+    meanwhile()
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _detach(tree: Any, tensors: dict[str, torch.Tensor], path: str) -> Any:
@@ -198,7 +213,7 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> tuple[int, dict[st
             damaged.append((path, error))
             continue
         for other, _ in damaged:
-            shutil.rmtree(other)
+            remove(other)
         return step, tree
     if damaged:
         raise damaged[0][1]

@@ -4,7 +4,7 @@ import fcntl
 import json
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 from rlhf_lab import stopping
 from rlhf_lab.console import Console
 from rlhf_lab.engine import ranks
+from rlhf_lab.engine.checkpoint import remove
 from rlhf_lab.environment import input_hashes
 from rlhf_lab.interfaces import Tracker
 from rlhf_lab.launch.check import BadConfig
@@ -136,6 +137,8 @@ def execute(plan: Plan) -> Metrics:
                 carry_out(needed, console)
     for needed in needs:
         _check_inputs(needed)
+        with suppress(OSError):  # in a place that is for reading only
+            _complete(needed)
     return carry_out(plan, console)
 
 
@@ -164,8 +167,7 @@ def carry_out(plan: Plan, console: Console) -> Metrics:
         with ExitStack() as afterwards:
             afterwards.callback(run.close)
             if run.finished:
-                if ranks.is_first() and not page.exists():  # it was stopped between its last file and its page
-                    draw_report(directory)
+                _complete(plan)
                 console.say(f"{directory} is finished already; its results are in {page}")
                 console.say("for another run of the same configuration give it a name of its own with name=")
                 return {}
@@ -199,6 +201,15 @@ def carry_out(plan: Plan, console: Console) -> Metrics:
     made = {"output": plan.output, "report": page, "metrics": directory / "metrics.jsonl"}
     console.summary({what: str(path) for what, path in made.items() if path.exists()})
     return metrics
+
+
+def _complete(plan: Plan) -> None:
+    """What comes after the last result, where a process was killed before it was done."""
+    page, status = plan.directory / "report.html", plan.directory / "status.json"
+    if ranks.is_first() and (not page.exists() or page.stat().st_mtime < status.stat().st_mtime):
+        draw_report(plan.directory)
+    if ranks.is_first() and plan.config["keep_checkpoints"] != "all":
+        remove(plan.directory / "checkpoints")
 
 
 def _close(tracker: Tracker, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:

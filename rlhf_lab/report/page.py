@@ -94,7 +94,7 @@ def data_uri(image: bytes) -> str:
 def replace(path: Path, content: bytes) -> None:
     """Write under a temporary name in the same directory, then rename."""
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
