@@ -66,6 +66,8 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
             return f"{match[1]} is there already; set it without the +"
         wrong = key_of(match[1])
         known = _known_keys(overrides, wrong)
+        if wrong in known:  # a mapping, which would have to be replaced
+            return f"{wrong} takes its entries one by one: +{wrong}.<key>=<value>"
         return f"{wrong}: no such key; {near(wrong, known if '.' in wrong else [k for k in known if '.' not in k])}"
     if match := re.search(r"Ambiguous value for argument '(.+)'", text):
         key, _, values = match[1].partition("=")

@@ -26,9 +26,10 @@ from rlhf_lab.launch.snapshot import environment, snapshot
 from rlhf_lab.launch.sweep import SUBMISSION, Sweep, jobs, record_job
 
 # SLURM itself requeues after a node's failure, a run asks for it when it is warned; but not when the step is killed
+# (137), or warned before it can listen (140: ended by USR2)
 TEARDOWN = """\
 ended=$?
-if [ "$ended" -eq 137 ]; then
+if [ "$ended" -eq 137 ] || [ "$ended" -eq 140 ]; then
   job="${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}"
   echo "$(date '+%F %T') the step of $job was killed" | tee -a {log}/"$job".killed
   if [ "$(wc -l < {log}/"$job".killed)" -le {restarts} ]; then scontrol requeue "$job" && sleep 60; fi

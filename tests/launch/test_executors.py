@@ -208,6 +208,11 @@ def test_a_batch_script_ends_as_its_step_did_and_requeues_only_after_a_kill(tmp_
     assert batch_script_ends(tmp_path, "kill -9 $$", restarts=2) == (137, ["requeue 7_3"] * 2)
 
 
+def test_a_job_that_is_warned_before_it_listens_is_requeued(tmp_path):
+    (tmp_path / "log").mkdir()
+    assert batch_script_ends(tmp_path, "kill -USR2 $$", restarts=1) == (140, ["requeue 7_3"])
+
+
 @pytest.mark.parametrize(
     ("extra", "says"), [("gres", "set executor.gres"), ("cpus_per_task", "set executor.cpus"), ("signal", "remove it")]
 )

@@ -51,6 +51,7 @@ def save_tiny(folder, weights: str | None, config: bool = True):
         (["stge=evaluate"], ["stge", "'stage'"]),
         (["nonsense=1"], ["nonsense", "there are: algorithm, artifact_seed"]),
         (["+algorithm.gamma=1"], ["algorithm.gamma is there already"]),
+        (["hardware=slurm_cpu", "executor.extra={nice: 5}"], ["executor.extra", "+executor.extra.<key>="]),
         (["~algorithm.gama"], ["algorithm.gama", "'algorithm.gamma'"]),
         (["+learner.lrr=1"], ["learner.lrr", "'lr'"]),
         (["reward_ensemble.aggregate.wieght=1"], ["aggregate.wieght", "aggregate.weight'"]),
