@@ -416,7 +416,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A SLURM cluster on this machine alone, for tests.")
     parser.add_argument("action", choices=["start", "stop", "status", "purge", "env"])
     parser.add_argument("--root", type=Path, default=Path(tempfile.gettempdir()) / "lab-slurm", help="its folder")
-    parser.add_argument("--nodes", type=int, default=2)
+    parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--cpus", type=int, default=4, help="of each node, pretended")
     parser.add_argument("--gpus", type=int, default=4, help="of each node, pretended; at least 1")
     typed = parser.parse_args()

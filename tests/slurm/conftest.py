@@ -21,7 +21,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if missing := missing_packages():
         pytest.skip(f"no {' '.join(missing)} here; `python tests/slurm/cluster.py start` installs them")
     try:
-        own = Cluster.make(tmp_path_factory.mktemp("slurm"), nodes=2, cpus=4, gpus=4)
+        own = Cluster.make(tmp_path_factory.mktemp("slurm"), nodes=3, cpus=4, gpus=4)
     except Unavailable as reason:
         pytest.skip(f"no cluster: {reason}")
     try:
@@ -31,3 +31,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     finally:
         os.environ.pop("SLURM_CONF", None)
         own.purge()
+
+
+@pytest.fixture(scope="session")
+def shared_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For runs that may share their artifacts."""
+    return tmp_path_factory.mktemp("place")
