@@ -10,6 +10,7 @@ from pathlib import Path
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from rlhf_lab import stopping
 from rlhf_lab.console import Console
 from rlhf_lab.environment import code_state
 from rlhf_lab.launch.compose import Plan, plan_run
@@ -39,6 +40,7 @@ def start_run(config: DictConfig, overrides: Sequence[str], choices: Mapping[str
         return None
     executor = instantiate(how.executor)
     if isinstance(executor, Here) and not _is_shared(plan):
+        stopping.listen()
         return _returned(execute(plan), config.returns, plan)
     preflight(plan)
     if isinstance(executor, Here):
@@ -90,6 +92,7 @@ def run_here(sweep: Sweep, plans: Sequence[Plan]) -> int:
     from rlhf_lab.launch.main import say_why
     from rlhf_lab.report.sweep import build_sweep_report
 
+    stopping.listen()
     console = Console()
     console.say(f"sweep {sweep.root}: {len(plans)} runs")
     stopped: list[int] = []
