@@ -19,6 +19,7 @@ from rlhf_lab.data.reward_conditions import RewardContext, RewardNotation, momen
 from rlhf_lab.data.tables import Rows
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import text_batch
+from rlhf_lab.engine import ranks
 from rlhf_lab.engine.forward import policy_forward
 from rlhf_lab.engine.generate import Generator, Sampling
 from rlhf_lab.engine.learner import Learner, Part
@@ -240,7 +241,7 @@ class RiC:
         latest: Metrics = {}
         for place in run.steps(f"iteration {phase}" if phase else "offline", first, end, latest):
             step = place + 1  # step k is the state after k optimiser steps
-            torch.manual_seed(derive(run.seed, "dropout", place))
+            torch.manual_seed(derive(run.seed, "dropout", place) + ranks.rank())  # other rows, other masks
             parts.policy.train()
             batch = text_batch(parts.template, self._rows(lessons, phase, place - begin, run.seed))
             forward = partial(policy_forward, parts.policy)

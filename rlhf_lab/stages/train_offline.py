@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import pair_batch, quadruple_batch, ranking_batch, safety_pair_batch, text_batch
+from rlhf_lab.engine import ranks
 from rlhf_lab.engine.average import MovingAverage
 from rlhf_lab.engine.checkpoint import seal
 from rlhf_lab.engine.forward import policy_forward, text_logprobs, text_scores
@@ -202,7 +203,7 @@ class TrainOffline:
             order = torch.randperm(len(records), generator=generator(run.seed, "order", epoch))
             chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
             batch = self._guided(guide, lesson.batch(self.algorithm.reads, template, chosen))
-            torch.manual_seed(derive(run.seed, "dropout", done))
+            torch.manual_seed(derive(run.seed, "dropout", done) + ranks.rank())  # other rows, other masks
             model.train()
             means = learner.update([self._lesson(model, batch)], derive(run.seed, "learner", done))
             guide.update(model)
@@ -316,7 +317,7 @@ class TrainOffline:
         model.eval()
         sums: dict[str, float] = {}
         counts: dict[str, float] = {}
-        for part in batches(len(lesson.records), self.batch_size):
+        for part in ranks.share(list(batches(len(lesson.records), self.batch_size))):
             index = torch.arange(part.start, part.stop)
             batch = self._guided(guide, lesson.batch(self.algorithm.reads, template, index)).to(model.device)
             piece = self._part(model, batch)
@@ -324,6 +325,7 @@ class TrainOffline:
                 values, count = _total(term, batch)
                 sums[term.name] = sums.get(term.name, 0.0) + values
                 counts[term.name] = counts.get(term.name, 0.0) + count
+        sums, counts = ranks.sum_by_name(sums), ranks.sum_by_name(counts)
         return _named({name: sums[name] / counts[name] for name in sums})
 
 
