@@ -11,6 +11,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from rlhf_lab.launch.asking import asked
 from rlhf_lab.launch.compose import ROOT, register_resolvers
 from rlhf_lab.redaction import redact
 
@@ -54,6 +55,10 @@ def main() -> None:
     register_resolvers()
     typed = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
     try:
+        if wish := asked(typed):
+            from rlhf_lab.launch.follow import follow
+
+            sys.exit(follow(wish))
         if is_sweep(sys.argv[1:]):
             from rlhf_lab.launch.start import start_sweep
 
