@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from rlhf_lab.data.tables import read_table
 
+NOT_FINITE = ("nan", "inf", "-inf")  # how a run spells them, since JSON cannot
 UNKNOWN: dict[str, Any] = {
     "state": "unknown",
     "stage": "",
@@ -262,7 +263,11 @@ def read_metrics(path: Path) -> Mapping[int, Mapping[str, float]]:
     for line in read_lines(path):
         if "step" not in line:
             raise ValueError(f"{path} has a line without a step: {sorted(line)[:5]}; every line needs one")
-        numbers = {key: as_float(value) for key, value in line.items() if value is None or is_number(value)}
+        numbers = {
+            key: as_float(value)
+            for key, value in line.items()
+            if value is None or is_number(value) or value in NOT_FINITE
+        }
         metrics.setdefault(int(line["step"]), {}).update(numbers)
     return dict(sorted(metrics.items()))
 
@@ -294,5 +299,5 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float)
 
 
-def as_float(value: float | None) -> float:
+def as_float(value: float | str | None) -> float:
     return math.nan if value is None else float(value)

@@ -1,234 +1,155 @@
-"""What a sweep's directory holds, read back: what varied, and every run in whatever state it is."""
+"""A sweep as one page: every run compared, pictures on it, nothing loaded from anywhere, readable without scripts."""
 
-import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import base64
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
 
-from rlhf_lab.report.run import UNKNOWN, Run, read_json, read_metrics, read_overrides
+from rlhf_lab.report.canvas import DARK, LIGHT
+from rlhf_lab.report.page import Picture, data_uri, replace, templates
+from rlhf_lab.report.sweep_export import export
+from rlhf_lab.report.sweep_figures import SweepFigure, figures
+from rlhf_lab.report.sweep_runs import SweepRuns, read_sweep
+from rlhf_lab.report.sweep_tables import FactorTables, by_combination, by_factor, final, p_spelled, spelled
+from rlhf_lab.report.sweep_values import Values, read_values
 
-SEEDS = ("seed", "artifact_seed")
-ABSENT = "\N{EM DASH}"  # the value of a factor that a run does not set
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Member:
-    """One run of a sweep.
-
-    Fields:
-        name: within the sweep.
-        place: its directory relative to the sweep's, for links.
-        factors: every factor of the sweep, in order -> value as typed.
-        seeds: every kind of seed that varies -> value as typed.
-        run: what its directory holds so far; without its samples.
-        state: of status.json; "pending" before there is one, "unreadable" if a file is not what its name says.
-        error: why it failed or cannot be read, in its first line.
-        has_page: whether it has a report of its own.
-    """
-
-    name: str
-    place: str
-    factors: Mapping[str, str]
-    seeds: Mapping[str, str]
-    run: Run
-    state: str
-    error: str
-    has_page: bool
-
-    @property
-    def link(self) -> str:
-        return quote(f"{self.place}/report.html")
-
-    @property
-    def combination(self) -> tuple[str, ...]:
-        return tuple(self.factors.values())
-
-    @property
-    def seed(self) -> tuple[str, ...]:
-        return tuple(self.seeds.values())
-
-    @property
-    def last_step(self) -> int | None:
-        return max(self.run.metrics, default=None)
-
-    @cached_property
-    def evaluations(self) -> Mapping[str, tuple[int, ...]]:
-        """split -> iterations at which it was evaluated, ascending."""
-        found: dict[str, dict[int, None]] = {}
-        for step, line in self.run.metrics.items():
-            for name in line:
-                if name.startswith("eval/"):
-                    found.setdefault(name.split("/", 2)[1], {})[step] = None
-        return {split: tuple(steps) for split, steps in found.items()}
+DPI = 130
+MANY_ROWS = 12  # beyond these a table scrolls in a box of its own
+MOST_FINDINGS = 12
+SHOWN_METRICS = 5  # in the list of runs
+SCRIPT = Path(__file__).with_name("sweep.js")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class SweepRuns:
-    """A sweep and its runs.
+def build_sweep_report(root: Path) -> Path:
+    """Write `report.html`, `plots/*.png`, `metrics.csv`, `metrics.parquet` and `runs.csv` into a sweep's directory.
 
-    Fields:
-        factors: what varies, without the seeds -> values as typed, in order.
-        seeds: the kinds of seeds that vary -> values as typed.
-        facts: what sweep.json says else: command, created, git, executor.
-    """
+    From sweep.json and the runs' directories alone, whatever state the runs are in. Each file replaces its former self
+    at once.
 
-    root: Path
-    name: str
-    factors: Mapping[str, tuple[str, ...]]
-    seeds: Mapping[str, tuple[str, ...]]
-    facts: Mapping[str, Any]
-    members: tuple[Member, ...]
-
-    @cached_property
-    def states(self) -> Mapping[str, int]:
-        """state -> how many runs are in it; finished first."""
-        counts: dict[str, int] = {}
-        for member in self.members:
-            counts[member.state] = counts.get(member.state, 0) + 1
-        order = ("finished", "running", "pending", "stopped", "failed")
-        return dict(sorted(counts.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
-
-    @cached_property
-    def counted(self) -> tuple[Member, ...]:
-        """The runs that are compared: those that are finished; while there is none, all that logged something."""
-        finished = tuple(member for member in self.members if member.state == "finished")
-        return finished or tuple(member for member in self.members if member.run.metrics)
-
-    @property
-    def is_provisional(self) -> bool:
-        return not self.states.get("finished")
-
-    @cached_property
-    def combinations(self) -> Mapping[tuple[str, ...], tuple[Member, ...]]:
-        """Values of the factors, seeds aside -> the runs, in the order in which the values were typed."""
-        groups: dict[tuple[str, ...], list[Member]] = {}
-        for member in self.members:
-            groups.setdefault(member.combination, []).append(member)
-        places = [{value: place for place, value in enumerate(values)} for values in self.factors.values()]
-
-        def typed(combination: tuple[str, ...]) -> list[int]:
-            return [place.get(value, len(place)) for place, value in zip(places, combination, strict=True)]
-
-        return {combination: tuple(groups[combination]) for combination in sorted(groups, key=typed)}
-
-    @cached_property
-    def counts_episodes(self) -> bool:
-        """Whether curves are drawn over episodes: every run counts them."""
-        logged = [member.run for member in self.members if member.run.metrics]
-        return bool(logged) and all(run.counts_episodes for run in logged)
-
-    def label(self, combination: Sequence[str]) -> str:
-        """A combination as a person says it: `ppo_lag · single · kl_coef=.03`; one without factors is all runs."""
-        return " · ".join(self.say(*item) for item in zip(self.factors, combination, strict=True)) or "all runs"
-
-    def say(self, factor: str, value: str) -> str:
-        """A level as a person says it: an option of a group by its name, anything else with the end of its key."""
-        speaks = as_number(value) is None and "." not in factor and value not in ("true", "false", "null", ABSENT)
-        return value if speaks else f"{self.short_names[factor]}={value}"
-
-    @cached_property
-    def short_names(self) -> Mapping[str, str]:
-        """factor -> as much of the end of its key as tells it from the others: `algorithm.kl_coef` is kl_coef."""
-        parts = {factor: factor.split(".") for factor in self.factors}
-
-        def name(factor: str, num: int) -> str:
-            return ".".join(parts[factor][-num:])
-
-        return {
-            factor: next(
-                name(factor, num)
-                for num in range(1, len(parts[factor]) + 1)
-                if num == len(parts[factor]) or [name(other, num) for other in parts].count(name(factor, num)) == 1
-            )
-            for factor in parts
-        }
-
-
-def as_number(value: str) -> float | None:
-    """The finite number that a typed value is, or None."""
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def read_sweep(root: Path) -> SweepRuns:
-    """Read what the page of a sweep needs; runs may be pending, running, stopped, failed, finished or damaged.
+    Returns:
+        The path of the page.
 
     Raises:
-        ValueError: there is no sweep, or its sweep.json is not one.
+        ValueError: there is no sweep in that directory.
     """
-    file = root / "sweep.json"
-    if not file.is_file():
-        raise ValueError(f"{root} is not a sweep: it has no sweep.json; give the directory of a sweep")
-    stored = read_json(file)
-    if missing := {"name", "factors", "runs"} - stored.keys():
-        raise ValueError(f"{file} lacks {sorted(missing)}; it has {sorted(stored)}")
-    typed = {key: tuple(map(str, values)) for key, values in stored["factors"].items()}
-    members = tuple(read_member(root, row, typed) for row in stored["runs"])
-    rows = [{**member.factors, **member.seeds} for member in members]
-    varied = {key: with_those_met(values, (row[key] for row in rows)) for key, values in typed.items()}
-    return SweepRuns(
-        root=root,
-        name=str(stored["name"]),
-        factors={key: values for key, values in varied.items() if key not in SEEDS},
-        seeds={key: values for key, values in varied.items() if key in SEEDS},
-        facts={key: stored.get(key) for key in ("command", "created", "git", "executor")},
-        members=members,
+    values = read_values(read_sweep(root))
+    export(values)
+    found = figures(values)
+    pictures = [draw(figure, root) for figure in found]
+    for stale in (root / "plots").glob("*.png"):  # of what the sweep was before runs were added
+        if stale.stem not in {figure.name for figure in found}:
+            stale.unlink()
+    if not found:
+        shutil.rmtree(root / "plots", ignore_errors=True)
+    page = root / "report.html"
+    replace(page, render(values, pictures).encode())
+    return page
+
+
+def draw(figure: SweepFigure, root: Path) -> Picture:
+    light = figure.draw(LIGHT, DPI)
+    replace(root / "plots" / f"{figure.name}.png", light)
+    return Picture(
+        name=figure.name,
+        title=figure.title,
+        caption=figure.caption,
+        alt=figure.alt,
+        light=data_uri(light),
+        dark=data_uri(figure.draw(DARK, DPI)),
+        num_panels=figure.num_panels,
     )
 
 
-def with_those_met(typed: Sequence[str], met: Iterable[str]) -> tuple[str, ...]:
-    """The values of a factor as typed, the first being what others are compared with; others that runs have last."""
-    return tuple(dict.fromkeys([*typed, *met]))
-
-
-def read_member(root: Path, row: Mapping[str, Any], typed: Mapping[str, Sequence[str]]) -> Member:
-    place = os.path.normpath(row["directory"])
-    if Path(place).is_absolute():
-        place = os.path.relpath(place, root)
-    folder = root / place
-    # a sweep that was added to has factors that the first runs did not name
-    overrides = dict(override.lstrip("+").split("=", 1) for override in row.get("overrides", ()) if "=" in override)
-    values = {key: str(row.get("factors", {}).get(key, overrides.get(key, ABSENT))) for key in typed}
-    try:
-        run = read_run_of_sweep(folder)
-        state = str(run.status["state"]) if (folder / "status.json").is_file() else "pending"
-        error = str(run.status["error"] or "") if state == "failed" else ""
-    except (ValueError, OSError) as broken:
-        run, state, error = empty_run(folder), "unreadable", str(broken)
-    return Member(
-        name=str(row["name"]),
-        place=place,
-        factors={key: value for key, value in values.items() if key not in SEEDS},
-        seeds={key: value for key, value in values.items() if key in SEEDS},
-        run=run,
-        state=state,
-        error=error.strip().split("\n")[0],
-        has_page=(folder / "report.html").is_file(),
+def render(values: Values, pictures: Sequence[Picture]) -> str:
+    sweep, script = values.sweep, SCRIPT.read_text()
+    factors = by_factor(values)
+    environment = templates()
+    environment.filters |= {"p": p_spelled, "spelled": spelled}
+    return environment.get_template("sweep.html.j2").render(
+        sweep=sweep,
+        values=values,
+        headline=headline(sweep),
+        findings=findings(factors),
+        lost=lost(sweep),
+        basis=basis(values),
+        combinations={split: by_combination(values, split) for split in values.metrics},
+        factors=factors,
+        pictures=pictures,
+        many=MANY_ROWS,
+        shown=values.headline[:SHOWN_METRICS],
+        final=lambda member, metric: final(values, member, metric),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 
-def read_run_of_sweep(folder: Path) -> Run:
-    """A run's numbers and status alone: two hundred runs' samples and configurations would fill the memory."""
-    return Run(
-        name=folder.name,
-        config="",
-        overrides=read_overrides(folder / "overrides.yaml"),
-        environment={},
-        status=UNKNOWN | read_json(folder / "status.json"),
-        metrics=read_metrics(folder / "metrics.jsonl"),
-        samples={},
-        warnings=(),
-    )
+def plural(count: int, word: str) -> str:
+    return f"{count} {word}{'' if count == 1 else 's'}"
 
 
-def empty_run(folder: Path) -> Run:
-    return Run(
-        name=folder.name, config="", overrides=(), environment={}, status=UNKNOWN, metrics={}, samples={}, warnings=()
-    )
+def headline(sweep: SweepRuns) -> str:
+    """What was compared, over how many seeds, and how far it is."""
+    varied = [f"{sweep.short_names[factor]} ({listed(levels)})" for factor, levels in sweep.factors.items()]
+    seeds = [plural(len(levels), key.replace("_", " ")) for key, levels in sweep.seeds.items()]
+    states = ", ".join(f"{count} {state}" for state, count in sweep.states.items())
+    return f"{' × '.join([*varied, *seeds]) or plural(len(sweep.members), 'run')}: {states or 'no runs'}"
+
+
+def listed(levels: Sequence[str]) -> str:
+    """Up to four values, and how many there are if there are more."""
+    return ", ".join(levels) if len(levels) <= 4 else f"{', '.join(levels[:3])}, … {len(levels)} values"
+
+
+def findings(factors: Sequence[FactorTables]) -> list[str]:
+    """One line for each comparison that is resolved and has a better side, and one that counts the others."""
+    said, others = [], 0
+    for table in factors:
+        for pair in table.pairs:
+            if pair.verdict in ("better", "worse"):
+                said.append(
+                    f"{pair.level} is {pair.verdict} than {table.baseline} in {pair.metric.label}: {pair.mean} "
+                    f"({pair.count} pairs)"
+                )
+            elif pair.metric.better:
+                others += 1
+    more = said[MOST_FINDINGS:]
+    said = said[:MOST_FINDINGS]
+    if more:
+        said.append(f"{plural(len(more), 'comparison')} more resolved, below.")
+    if others:
+        said.append(f"{plural(others, 'comparison')} of scores, costs, losses or accuracies not resolved.")
+    return said
+
+
+def lost(sweep: SweepRuns) -> Mapping[str, int]:
+    """Combination -> how many of its runs failed: their seeds are missing from its means."""
+    failed = {
+        sweep.label(combination): sum(member.state in ("failed", "unreadable") for member in members)
+        for combination, members in sweep.combinations.items()
+    }
+    return {label: count for label, count in failed.items() if count}
+
+
+def basis(values: Values) -> str:
+    """Where, and of which runs, the numbers of the page are taken."""
+    sweep = values.sweep
+    if not sweep.counted:
+        return "No run has logged anything yet."
+    if sweep.is_provisional:
+        where = "at their last evaluation, which is not the same for all"
+        if values.at_step is not None:
+            where = f"at step {values.at_step}, the last that all of them have"
+        return f"Provisional: no run is finished. {plural(len(sweep.counted), 'run')} compared {where}."
+    others = len(sweep.members) - len(sweep.counted)
+    said = f"{plural(len(sweep.counted), 'finished run')} compared at the last evaluation of each"
+    said += f"; the other {others} are not in any mean." if others else "."
+    if len(values.ends) > 1:
+        ends = ", ".join(f"{plural(count, 'run')} at step {step}" for step, count in values.ends.items())
+        said += f" They did not end at the same step ({ends}): what differs may be how long they ran."
+    return said
+
+
+def rebuild(root: Path) -> None:
+    """Build the page of a sweep anew and say where it is; what `report=<sweep>` does."""
+    print(f"report: {build_sweep_report(root)}", flush=True)

@@ -1,6 +1,7 @@
 """How the figures of a sweep are drawn, light or dark, or told in words."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -118,7 +119,13 @@ def draw_forest(axes: Axes, forest: Forest, theme: Theme) -> None:
     for place, (_, mean, seeds) in enumerate(forest.rows):
         colour = theme[ANY[place % len(ANY)]]
         axes.plot(
-            seeds, np.full(len(seeds), place), linestyle="none", marker="|", markersize=9, color=colour, alpha=0.6
+            seeds,
+            np.full(len(seeds), place),
+            linestyle="none",
+            marker="|",
+            markersize=9,
+            color=colour,
+            alpha=0.6 if len(seeds) <= 12 else 0.3,
         )
         width = mean.half_width if math.isfinite(mean.half_width) else 0.0
         axes.errorbar(mean.value, place, xerr=width, color=colour, marker="o", markersize=5, elinewidth=1.6, capsize=3)
@@ -212,18 +219,18 @@ def heats_in_words(heats: Sequence[Heat]) -> str:
 
 def parallel_png(chart: Parallel, theme: Theme, dpi: int) -> bytes:
     names = list(chart.axes)
-    width, height = max(6.4, 1.75 * len(names)), 3.9
+    width, height = max(6.4, 1.75 * len(names)), 4.1
     lows, highs = np.nanmin(chart.lines, axis=0), np.nanmax(chart.lines, axis=0)
     spans = np.where(highs > lows, highs - lows, 1.0)
     heights = np.where(highs > lows, (chart.lines - lows) / spans, 0.5)
     shades = colours(theme)
     with mpl.rc_context(style(theme)):
         figure = Figure(figsize=(width, height), dpi=dpi)
-        axes = figure.add_axes((0.9 / width, 0.3 / height, 1 - 1.8 / width, 1 - 0.95 / height))
+        axes = figure.add_axes((0.8 / width, 0.3 / height, 1 - 1.8 / width, 1 - 1.05 / height))
         axes.set_axis_off()
         axes.set_xlim(0, len(names) - 1)
         axes.set_ylim(-0.04, 1.04)
-        shift = np.linspace(-0.012, 0.012, len(heights)) if len(heights) > 1 else np.zeros(1)
+        shift = np.linspace(-0.02, 0.02, len(heights)) if len(heights) > 1 else np.zeros(1)
         named = np.array([bool(positions) for positions in chart.axes.values()])
         for line, nudge in zip(heights, shift, strict=True):
             colour = shades(line[chart.coloured_by]) if math.isfinite(line[chart.coloured_by]) else theme["muted"]
@@ -231,7 +238,16 @@ def parallel_png(chart: Parallel, theme: Theme, dpi: int) -> bytes:
             axes.plot(range(len(names)), line + np.where(named, nudge, 0.0), color=colour, linewidth=1.3, alpha=0.75)
         for k, (name, positions) in enumerate(chart.axes.items()):
             axes.axvline(k, color=theme["muted"], linewidth=1)
-            axes.text(k, 1.1, name, ha="center", va="bottom", fontsize=9, fontweight="bold", color=theme["ink"])
+            axes.text(
+                k,
+                1.08,
+                textwrap.fill(name, 18),
+                ha="center",
+                va="bottom",
+                fontsize=9,
+                fontweight="bold",
+                color=theme["ink"],
+            )
             marks = dict(enumerate(positions)) or {lows[k]: number(lows[k]), highs[k]: number(highs[k])}
             for value, text in marks.items():
                 at = (value - lows[k]) / spans[k] if highs[k] > lows[k] else 0.5

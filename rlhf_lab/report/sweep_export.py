@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import csv, parquet
 
-from rlhf_lab.report.sweep import ABSENT, Member, SweepRuns, as_number
+from rlhf_lab.report.sweep_runs import ABSENT, Member, SweepRuns, as_number
 from rlhf_lab.report.sweep_values import Values
 
 KNOWN = ("run", "state", "step", "episode")

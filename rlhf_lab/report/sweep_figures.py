@@ -1,6 +1,7 @@
 """The figures of a sweep's page: which are drawn for what varies in it, and how to read them."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +10,6 @@ import numpy as np
 
 from rlhf_lab.report.canvas import Panel, Theme, in_words
 from rlhf_lab.report.comparison import mean_over_seeds
-from rlhf_lab.report.sweep import SweepRuns
 from rlhf_lab.report.sweep_canvas import (
     Forest,
     Heat,
@@ -38,6 +38,7 @@ from rlhf_lab.report.sweep_plots import (
     title_of,
     trained_metrics,
 )
+from rlhf_lab.report.sweep_runs import SweepRuns
 from rlhf_lab.report.sweep_values import Metric, Values
 
 MOST_ROWS = 24  # of a forest
@@ -74,12 +75,16 @@ def figures(values: Values) -> list[SweepFigure]:
     for factor in swept_numbers(values.sweep):
         name = values.sweep.short_names[factor]
         found += of_panels(
-            f"response_{name}",
+            f"response_{file_name(name)}",
             f"Response to {name}",
             "Mean over seeds where runs are compared, with 95% intervals; values at equal distances, smallest first.",
             responses(values, factor),
         )
     return [*found, *heat_map(values), *coordinates(values)]
+
+
+def file_name(name: str) -> str:
+    return re.sub(r"\W", "_", name)
 
 
 def of_panels(name: str, title: str, caption: str, panels: Sequence[Panel]) -> list[SweepFigure]:
@@ -157,14 +162,14 @@ def courses(values: Values) -> list[SweepFigure]:
         return of_panels("held_out", "Held-out scores over time", how, panels[:MOST_PANELS])
     found = []
     for metric in values.headline[:2]:
-        name = f"held_out_{metric.key.replace('/', '_')}"
+        name = f"held_out_{file_name(metric.key)}"
         caption = f"{how} One panel per combination of the other factors, all of one scale."
         found += of_panels(name, f"{title_of(metric)} over time", caption, multiples(sweep, metric))
     for factor, levels_of in sweep.factors.items():
         if 1 < len(levels_of) <= MOST_CURVES:
             panels = [p for m in values.headline for p in over_time(sweep, levels(sweep, factor), m)]
             found += of_panels(
-                f"held_out_by_{sweep.short_names[factor]}",
+                f"held_out_by_{file_name(sweep.short_names[factor])}",
                 f"Held-out scores over time, by {sweep.short_names[factor]}",
                 f"{how} Each level is averaged over all else that varies, within a seed first.",
                 panels[:MOST_PANELS],
@@ -185,7 +190,7 @@ def training(values: Values) -> list[SweepFigure]:
             panels = [panel for metric in metrics for panel in over_time(sweep, levels(sweep, factor), metric)]
             name = sweep.short_names[factor]
             caption = f"{how} Each level is averaged over all else that varies."
-            found += of_panels(f"training_by_{name}", f"Training, by {name}", caption, panels)
+            found += of_panels(f"training_by_{file_name(name)}", f"Training, by {name}", caption, panels)
     return found
 
 

@@ -12,7 +12,7 @@ from rlhf_lab.report.canvas import SMOOTHED_FROM, Curve, Panel, rolling_mean
 from rlhf_lab.report.comparison import Mean, mean_over_seeds
 from rlhf_lab.report.plots import ANY, MARKERS
 from rlhf_lab.report.run import Series
-from rlhf_lab.report.sweep import Member, SweepRuns, as_number
+from rlhf_lab.report.sweep_runs import Member, SweepRuns, as_number
 from rlhf_lab.report.sweep_values import Metric, Values
 
 MOST_CURVES = 8  # that an eye tells apart in one panel

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rlhf_lab.report.comparison import Difference, Mean, Pair, holm, mean_over_seeds, paired_difference
-from rlhf_lab.report.summary import Estimate, judged, number, short
-from rlhf_lab.report.sweep import Member, SweepRuns
+from rlhf_lab.report.summary import Estimate, judged, number
+from rlhf_lab.report.sweep_runs import Member, SweepRuns
 from rlhf_lab.report.sweep_values import Metric, Values
 
 ALPHA = 0.05
@@ -109,8 +109,7 @@ def row(values: Values, label: str, members: Sequence[Member], metrics: Sequence
 def against_limit(mean: Mean, metric: Metric) -> str:
     if mean.num == 0 or not math.isfinite(metric.limit):
         return ""
-    said = judged(Estimate(mean=mean.value, ci=mean.half_width), metric.limit)
-    return f"limit {short(metric.limit)}: {said}" if mean.num > 1 else f"limit {short(metric.limit)}: {said} (one run)"
+    return judged(Estimate(mean=mean.value, ci=mean.half_width), metric.limit)
 
 
 def by_factor(values: Values) -> tuple[FactorTables, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rlhf_lab.report.plots import evaluated, metric_label
 from rlhf_lab.report.run import Run, Series, same_stream
 from rlhf_lab.report.summary import order
-from rlhf_lab.report.sweep import Member, SweepRuns
+from rlhf_lab.report.sweep_runs import Member, SweepRuns
 
 MOST_METRICS = 8  # in a table; the others are in metrics.csv
 TRAINED = {

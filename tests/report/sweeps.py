@@ -59,7 +59,8 @@ def scorer(point: Mapping[str, str], noise: np.random.Generator) -> list[dict[st
     better = 0.05 if point.get("learner.lr") == "1e-3" else 0.0
     lines = [{"step": k, "loss/pairwise": 0.7 - 0.01 * k, "accuracy": 0.5 + 0.01 * k} for k in range(1, 21)]
     accuracy = 0.7 + better + noise.normal(0, 0.01)
-    return [*lines[:-1], lines[-1] | {"eval/preferences_test/accuracy": accuracy, "eval/preferences_test/loss": 0.6}]
+    held_out = {"accuracy": accuracy, "loss/pairwise": 0.6 + noise.normal(0, 0.01)}
+    return [*lines[:-1], lines[-1] | {f"eval/preferences_test/{name}": value for name, value in held_out.items()}]
 
 
 def finished(_point: Mapping[str, str]) -> str:

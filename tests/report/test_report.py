@@ -18,7 +18,7 @@ from rlhf_lab.report.figures import FIGURES, OVERVIEW
 from rlhf_lab.report.page import build_report
 from rlhf_lab.report.plots import best_of_n, by_split, metric_label, multipliers, overoptimisation, soups, trade_offs
 from rlhf_lab.report.run import read_run
-from rlhf_lab.report.summary import comparisons, duration, number, timings
+from rlhf_lab.report.summary import comparisons, duration, not_finite, number, timings
 
 ATTACK = '<script>alert("x")</script><img src="https://evil.example/x.png" onerror="alert(1)">'
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -344,6 +344,13 @@ def test_values_that_are_not_finite_are_named_and_break_no_figure(tmp_path: Path
     assert "objective/kl was not finite at 1 of 41" in page.words
     assert "→ not finite" in page.words
     assert not multipliers(read_run(run))
+
+
+def test_values_that_are_not_finite_are_read_as_a_run_spells_them(tmp_path: Path):
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "a": "nan", "b": "-inf", "c": 1.0, "note": "infinite"}])
+    run = read_run(tmp_path)
+    assert set(run.metrics[1]) == {"step", "a", "b", "c"}
+    assert [line.split(" was ")[0] for line in not_finite(run)] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
