@@ -26,6 +26,7 @@ from rlhf_lab.launch.trial import NotTried, Trial, units_of
 from rlhf_lab.run import is_finished
 
 FILE = ".calibration.json"
+BUSY = 1.2  # processes that want a core
 
 
 def kind(plan: Plan) -> str:
@@ -38,12 +39,13 @@ def kind(plan: Plan) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A trial, and of what, where and when."""
+    """A trial, and of what, where and when; `load` is how many processes wanted a core, for each core."""
 
     trial: Trial
     of: str
     host: str
     when: str
+    load: float
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,11 @@ class Calibration:
                         out.print(escape(f"  not measured: {reason}"))
                         continue
                     known[key] = Measured(
-                        trial=trial, of=str(one.config["name"]), host=socket.gethostname(), when=time.strftime("%F %T")
+                        trial=trial,
+                        of=str(one.config["name"]),
+                        host=socket.gethostname(),
+                        when=time.strftime("%F %T"),
+                        load=os.getloadavg()[0] / (os.cpu_count() or 1),
                     )
                     Calibration(known).write(runs_dir)
                     out.print(escape(f"  measured in {duration(time.monotonic() - began)}"))
@@ -123,7 +129,9 @@ class Calibrated:
         every = stage.get("evaluate_every", 0)
         evaluations = -(-stage["steps"] // every) - 1 if every and "steps" in stage else 0
         seconds = trial.start + trial.seconds(units_of(stage), evaluations)
-        here = "" if measured.host == socket.gethostname() else f" on {measured.host}"
+        notes = "" if measured.host == socket.gethostname() else f" on {measured.host}"
+        if measured.load > BUSY:
+            notes += f", when {measured.load:.1f} processes shared a core"
         return Estimate(
             seconds=seconds,
             least=seconds,
@@ -131,7 +139,7 @@ class Calibrated:
             memory_mib=trial.memory_mib,
             device_memory_mib=trial.device_memory_mib,
             trust="calibrated",
-            source=f"steps of {measured.of}, {measured.when}{here}",
+            source=f"steps of {measured.of}, {measured.when}{notes}",
         )
 
 

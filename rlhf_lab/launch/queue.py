@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from rlhf_lab.launch.controller import ask
+from rlhf_lab.launch.controller import array_of, ask
 
 # states of a job that is, or will be, on its way; see squeue(1)
 LIVE = {
@@ -34,9 +34,7 @@ def queued(ids: Collection[str]) -> dict[str, Queued] | None:
         return None
     if not ids:
         return {}
-    from rlhf_lab.launch.controller import ask
-
-    arrays = sorted({job.split("_")[0] for job in ids})
+    arrays = sorted({array_of(job) for job in ids})
     try:
         answer = ask(
             ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r|%N", f"--jobs={','.join(arrays)}"]
@@ -49,7 +47,7 @@ def queued(ids: Collection[str]) -> dict[str, Queued] | None:
     for line in answer.splitlines():
         job, state, reason, nodes = line.split("|")
         found[job] = Queued(state=state, reason=nodes if state == "RUNNING" else reason)
-    forgotten = {job.split("_")[0] for job in ids if job not in found}
+    forgotten = {array_of(job) for job in ids if job not in found}
     return found | (_accounted(forgotten) if forgotten else {})
 
 
@@ -57,8 +55,6 @@ def _accounted(arrays: Collection[str]) -> dict[str, Queued]:
     """What the accounting says of the ends of jobs; nothing, where there is none."""
     if shutil.which("sacct") is None:
         return {}
-    from rlhf_lab.launch.controller import ask
-
     asked = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State,ExitCode"]
     try:
         answer = ask([*asked, f"--jobs={','.join(sorted(arrays))}"])
