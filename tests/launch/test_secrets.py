@@ -47,6 +47,7 @@ def test_no_byte_that_a_sweep_writes_holds_a_secret(tmp_path: Path, command_line
     assert holding(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "typed",
     [
