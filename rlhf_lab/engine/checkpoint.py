@@ -51,11 +51,14 @@ def write_atomically(path: Path, text: str, flush: bool = True) -> None:
 def append_line(path: Path, line: str) -> None:
     """Append a line, flushed to disk; if the disk does not take it all, none of it stays.
 
-    A process that is killed meanwhile may leave a part of a long line, without its end.
+    A process that is killed meanwhile may leave a part of a long line, without its end; the next line takes its place.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     before = os.fstat(descriptor).st_size
     try:
+        if before and os.pread(descriptor, 1, before - 1) != b"\n":
+            before = path.read_bytes().rfind(b"\n") + 1
+            os.ftruncate(descriptor, before)
         waiting = memoryview(f"{line}\n".encode())
         while waiting:
             waiting = waiting[os.write(descriptor, waiting) :]

@@ -47,6 +47,8 @@ def test_a_run_that_is_killed_in_its_writes_ends_as_the_undisturbed_one(family: 
 
 # where half of something has its name, or what comes after the last step is not yet there
 AWKWARD = (
+    AtFirst(like="write run/warnings.jsonl", half=True),
+    AtFirst(like="write run/warnings.jsonl", half=False),
     AtFirst(like="write run/metrics.jsonl", half=True),
     AtFirst(like="unlink* run/checkpoints/*", half=False),
     AtFirst(like="rename run/policy", half=False),
@@ -56,5 +58,5 @@ AWKWARD = (
 
 
 def test_a_run_that_is_killed_where_it_hurts_most_ends_as_the_undisturbed_one(shelf: Path, tmp_path: Path):
-    trial = beside(shelf, tmp_path, "from preferences")
+    trial = beside(shelf, tmp_path, "main job")
     assert_nothing_lost(trial.chain(0, AWKWARD, from_nothing=False), len(AWKWARD))

@@ -16,6 +16,7 @@ import torch
 from rlhf_lab.engine import checkpoint
 from rlhf_lab.engine.checkpoint import (
     DamagedCheckpoint,
+    append_line,
     checkpoints,
     load_tree,
     publish,
@@ -228,3 +229,21 @@ def test_sha256_is_the_digest_that_other_tools_print(tmp_path: Path):
     path = tmp_path / "file"
     path.write_bytes(b"abc")
     assert sha256(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 2, "rew', "{"])
+def test_a_line_that_was_cut_short_is_replaced_by_the_next(torn: str, tmp_path: Path):
+    log = tmp_path / "log"
+    for line in ("first", "second"):
+        append_line(log, line)
+    with log.open("a") as file:
+        file.write(torn)
+    append_line(log, "third")
+    append_line(log, "fourth")
+    assert log.read_text() == "first\nsecond\nthird\nfourth\n"
+
+
+def test_a_line_that_was_cut_short_may_be_the_first(tmp_path: Path):
+    (tmp_path / "log").write_text("fir")
+    append_line(tmp_path / "log", "first")
+    assert (tmp_path / "log").read_text() == "first\n"
