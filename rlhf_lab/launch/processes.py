@@ -12,7 +12,7 @@ import sys
 import threading
 import zlib
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -42,23 +42,48 @@ def per_node(num_processes: int, nodes: int) -> int:
     return num_processes // nodes
 
 
-def nodes_of_job() -> list[str]:
-    """The nodes of the SLURM job that this process is of; only this machine outside of one."""
-    if not in_slurm():
-        return ["localhost"]
-    asked = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
-    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where this process is among the nodes of a job.
 
-
-def meeting_point(nodes: list[str], name: str) -> str:
-    """host:port where the agents of the nodes meet; alone, any free port of this machine.
-
-    Several nodes cannot agree on a free port before they have met: it follows from the name that they share.
+    Fields:
+        nodes: how many.
+        here, first: addresses, of this node and of the one where all meet.
     """
-    return f"{nodes[0]}:{0 if len(nodes) == 1 else FIRST_PORT + zlib.crc32(name.encode()) % PORTS}"
+
+    nodes: int
+    is_first: bool
+    here: str
+    first: str
+
+    @classmethod
+    def find(cls) -> "Place":
+        """From SLURM, within a job of it; else this machine alone."""
+        names = _scontrol("hostnames", os.environ["SLURM_JOB_NODELIST"]).split() if in_slurm() else []
+        if len(names) < 2:
+            return cls(nodes=1, is_first=True, here="localhost", first="localhost")
+        here = os.environ["SLURMD_NODENAME"]
+        return cls(nodes=len(names), is_first=here == names[0], here=address(here), first=address(names[0]))
+
+    def meeting_point(self, job: str) -> str:
+        """host:port where the agents of the nodes meet; alone, any free port.
+
+        Several nodes cannot agree on a free port before they have met: it follows from the job that they share.
+        """
+        return f"{self.first}:{0 if self.nodes == 1 else FIRST_PORT + zlib.crc32(job.encode()) % PORTS}"
 
 
-def agent_of(task: Task, nodes: list[str]) -> "LocalElasticAgent":
+def _scontrol(*what: str) -> str:
+    return subprocess.run(["scontrol", "show", *what], capture_output=True, text=True, check=True).stdout
+
+
+def address(node: str) -> str:
+    """Of a node of the cluster, whose name need not be one that resolves."""
+    said = _scontrol("node", node, "--oneliner").split()
+    return next(word.removeprefix("NodeAddr=") for word in said if word.startswith("NodeAddr="))
+
+
+def agent_of(task: Task, place: Place) -> "LocalElasticAgent":
     """What starts this node's part of the run's processes, and starts them again."""
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -69,17 +94,17 @@ def agent_of(task: Task, nodes: list[str]) -> "LocalElasticAgent":
     job = f"{os.environ.get('SLURM_JOB_ID', os.getpid())}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
     meeting = RendezvousParameters(
         backend="c10d",
-        endpoint=meeting_point(nodes, job),
+        endpoint=place.meeting_point(job),
         run_id=job,
-        min_nodes=len(nodes),
-        max_nodes=len(nodes),
-        local_addr=os.environ.get("SLURMD_NODENAME") if len(nodes) > 1 else "localhost",
+        min_nodes=place.nodes,
+        max_nodes=place.nodes,
+        local_addr=place.here,
         join_timeout=MEETING_S,
-        is_host=str(len(nodes) == 1 or os.environ.get("SLURM_NODEID") == "0"),
+        is_host=str(place.is_first),
     )
     spec = WorkerSpec(
         role="rank",
-        local_world_size=per_node(task.num_processes, len(nodes)),
+        local_world_size=per_node(task.num_processes, place.nodes),
         entrypoint=sys.executable,
         args=("-u", "-m", "rlhf_lab.launch.worker", str(task.root), task.digest),
         rdzv_handler=get_rendezvous_handler(meeting),
@@ -118,7 +143,7 @@ def run(task: Task) -> int:
     Raises:
         ValueError: its processes do not spread over the nodes.
     """
-    agent = agent_of(task, nodes_of_job())
+    agent = agent_of(task, Place.find())
     threading.Thread(target=pass_on, args=(agent,), daemon=True).start()
     ending = task.root / "log" / f"{task.digest}.outcome"
     ending.parent.mkdir(exist_ok=True)
