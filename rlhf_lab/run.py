@@ -84,6 +84,7 @@ class Run:
         self._keep, self._lock = keep, lock
         self._status, self._journal = Status(directory), Journal(directory)
         self._is_new = False  # whether this process gave the directory its configuration
+        self._got_further = False  # whether this process did a step, or a piece of work
         self._facts: dict[str, Any] = {}
 
     @classmethod
@@ -129,7 +130,7 @@ class Run:
             self._lock.write(
                 f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}\n".encode()
             )
-            _sweep_up(directory)
+            sweep_up(directory)
             frozen = directory / "config.yaml"
             if frozen.exists():
                 changed = [
@@ -198,6 +199,7 @@ class Run:
         self._note_progress(what, first, total, 0.0, latest)
         for step in self.console.steps(what, first, total, latest):
             yield step
+            self._got_further = True
             done = step + 1
             self._note_progress(what, done, total, (done - first) / (time.monotonic() - begun), latest)
 
@@ -211,6 +213,7 @@ class Run:
         Raises:
             Stopped: as `pause`.
         """
+        self._got_further = True
         reason = self._asked_to_stop()
         if due or reason:
             self.save(step, state())
@@ -221,6 +224,9 @@ class Run:
     def pause(self) -> None:
         """Between two pieces of work that are on the disk: stop here if the run is asked to.
 
+        A mere warning is heeded when there is something to show for this process: under a time limit that is hardly
+        longer than loading takes, a run would otherwise be warned, and stop, for ever.
+
         Raises:
             Stopped: by a signal to any of its processes, or by a file `stop` in its directory, which is then removed.
         """
@@ -229,7 +235,7 @@ class Run:
 
     def _asked_to_stop(self) -> str:
         """Why, or nothing; the same on every rank."""
-        reason = stopping.requested() or ""
+        reason = "" if stopping.is_warning() and not self._got_further else stopping.requested() or ""
         if not reason and ranks.is_first() and (self.directory / STOP).exists():
             reason = f"the file {self.directory / STOP}"
         if not ranks.agree(bool(reason)):
@@ -387,11 +393,16 @@ class Run:
             self.warn(resumed_from or 0, f"continued under other code or packages: {'; '.join(changed)}")
 
 
-def _sweep_up(directory: Path) -> None:
-    """Remove what a process that was killed left half-written, or half-removed."""
-    for folder in (directory, *(path for path in directory.iterdir() if path.is_dir() and path.name != SUBMISSION)):
-        for left in folder.glob(".*.tmp"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+def leftovers(directory: Path) -> list[Path]:
+    """What a process that was killed left half-written, or half-removed."""
+    folders = [path for path in directory.iterdir() if path.is_dir() and path.name != SUBMISSION]
+    return [left for folder in (directory, *folders) for left in folder.glob(".*.tmp")]
+
+
+def sweep_up(directory: Path) -> None:
+    """Remove the leftovers."""
+    for left in leftovers(directory):
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def is_finished(directory: Path) -> bool:

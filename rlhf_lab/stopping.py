@@ -30,6 +30,11 @@ def requested() -> str | None:
     return _asked[0] if _asked else None
 
 
+def is_warning() -> bool:
+    """Whether nothing but SIGUSR2 came: some time is left, and the work will go on elsewhere. SIGTERM is an end."""
+    return bool(_asked) and signal.SIGTERM.name not in _asked
+
+
 def forget() -> None:
     """Take every request back, in a process that goes on to other work."""
     _asked.clear()

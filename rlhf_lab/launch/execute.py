@@ -21,7 +21,7 @@ from rlhf_lab.environment import input_hashes
 from rlhf_lab.interfaces import Tracker
 from rlhf_lab.launch.check import BadConfig
 from rlhf_lab.launch.compose import ROOT, Plan, in_order
-from rlhf_lab.run import Run, RunRefused, difference, is_finished
+from rlhf_lab.run import Run, RunRefused, difference, is_finished, leftovers, sweep_up
 from rlhf_lab.stopping import Stopped
 from rlhf_lab.types import Metrics
 
@@ -115,8 +115,8 @@ def _take(lock: TextIO) -> bool:
 
 
 def _heed(directory: Path) -> None:
-    """Before work on a directory begins: stop if this process was asked to, or another rank."""
-    if ranks.agree(stopping.requested() is not None):
+    """Before work on a directory begins: stop if this process, or another rank, was asked to and not only warned."""
+    if ranks.agree(stopping.requested() is not None and not stopping.is_warning()):
         raise Stopped(f"{directory} was not begun: asked to stop; the same command continues")
 
 
@@ -137,8 +137,8 @@ def execute(plan: Plan) -> Metrics:
                 carry_out(needed, console)
     for needed in needs:
         _check_inputs(needed)
-        with suppress(OSError):  # in a place that is for reading only
-            _complete(needed)
+        if ranks.is_first():
+            _complete_artifact(needed)
     return carry_out(plan, console)
 
 
@@ -167,7 +167,8 @@ def carry_out(plan: Plan, console: Console) -> Metrics:
         with ExitStack() as afterwards:
             afterwards.callback(run.close)
             if run.finished:
-                _complete(plan)
+                if ranks.is_first():
+                    _complete(plan)
                 console.say(f"{directory} is finished already; its results are in {page}")
                 console.say("for another run of the same configuration give it a name of its own with name=")
                 return {}
@@ -205,11 +206,26 @@ def carry_out(plan: Plan, console: Console) -> Metrics:
 
 def _complete(plan: Plan) -> None:
     """What comes after the last result, where a process was killed before it was done."""
-    page, status = plan.directory / "report.html", plan.directory / "status.json"
-    if ranks.is_first() and (not page.exists() or page.stat().st_mtime < status.stat().st_mtime):
+    if not _has_page(plan.directory):
         draw_report(plan.directory)
-    if ranks.is_first() and plan.config["keep_checkpoints"] != "all":
+    if plan.config["keep_checkpoints"] != "all":
         remove(plan.directory / "checkpoints")
+    sweep_up(plan.directory)
+
+
+def _complete_artifact(plan: Plan) -> None:
+    """The same of an artifact; not if its builder is still at it, or if its place is for reading only."""
+    unneeded = plan.config["keep_checkpoints"] != "all" and (plan.directory / "checkpoints").exists()
+    if _has_page(plan.directory) and not unneeded and not leftovers(plan.directory):
+        return
+    with suppress(OSError), (plan.directory / ".lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _complete(plan)
+
+
+def _has_page(directory: Path) -> bool:
+    page, status = directory / "report.html", directory / "status.json"
+    return page.exists() and page.stat().st_mtime >= status.stat().st_mtime
 
 
 def _close(tracker: Tracker, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:

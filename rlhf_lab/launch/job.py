@@ -4,6 +4,7 @@ Only the standard library is imported here, so that a job is listening long befo
 """
 
 import ctypes
+import fcntl
 import json
 import os
 import signal
@@ -79,9 +80,9 @@ def status(directory: Path) -> dict[str, Any]:
 
 
 def note_failure(directory: Path, error: str) -> None:
-    """Say in status.json why the run is over, unless the run said so itself."""
+    """Say in status.json why the run is over, unless it said so itself or another process is at work on it."""
     before = status(directory)
-    if before.get("state") in ("failed", "finished"):
+    if before.get("state") in ("failed", "finished") or _is_held(directory):
         return
     now = time.strftime("%F %T")
     after = {"started": now, "seconds": 0.0, "sittings": 0, **before, "state": "failed", "updated": now, "error": error}
@@ -89,6 +90,18 @@ def note_failure(directory: Path, error: str) -> None:
     temporary = directory / f".status.json.{os.getpid()}.tmp"
     temporary.write_text(json.dumps(after, indent=1))
     temporary.replace(directory / "status.json")
+
+
+def _is_held(directory: Path) -> bool:
+    """Whether a process has the run's directory open."""
+    try:
+        with (directory / ".lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def die_with_parent() -> None:
@@ -217,7 +230,7 @@ class Supervisor:
         """Ask the worker, again and again, since it may only just have begun to listen."""
         assert self._worker is not None
         with suppress(ProcessLookupError):
-            os.killpg(self._worker.pid, signal.SIGUSR2)  # whatever the request was: save and stop
+            os.killpg(self._worker.pid, signal.SIGTERM if signal.SIGTERM in self.requests.came else signal.SIGUSR2)
         if time.monotonic() <= self._until:
             return None
         say("no step ended before the time was over; the last checkpoint counts", self.log)

@@ -1,5 +1,6 @@
 """Supervisors of real processes that really die."""
 
+import fcntl
 import json
 import os
 import signal
@@ -113,6 +114,16 @@ def test_what_a_run_says_of_its_own_end_stays(tmp_path):
         assert status(tmp_path) == {"state": state, "error": "its own"}
 
 
+def test_a_run_that_another_process_is_at_work_on_is_not_said_to_have_failed(tmp_path):
+    (tmp_path / "status.json").write_text(json.dumps({"state": "running"}))
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        note_failure(tmp_path, "in use by process 7")
+        assert status(tmp_path) == {"state": "running"}
+    note_failure(tmp_path, "killed")
+    assert status(tmp_path)["state"] == "failed"
+
+
 SUPERVISES = """
 import sys
 from pathlib import Path
@@ -127,10 +138,10 @@ SAVES_WHEN_ASKED = """
 import signal, time
 asked = []
 {before}
-signal.signal(signal.SIGUSR2, lambda number, frame: asked.append(number))
+for request in (signal.SIGUSR2, signal.SIGTERM): signal.signal(request, lambda number, frame: asked.append(number))
 open('listens', 'w').close()
 while not asked: time.sleep(0.01)
-open('saved', 'w').close()
+open('saved', 'w').write(str(asked[0]))
 os._exit(75)
 """
 
@@ -150,7 +161,7 @@ def test_a_request_reaches_the_worker_which_saves(tmp_path, request_):
     eventually((tmp_path / "run" / "listens").exists)
     supervisor.send_signal(request_)
     assert supervisor.wait(60) == STOPPED
-    assert (tmp_path / "run" / "saved").exists()
+    assert (tmp_path / "run" / "saved").read_text() == str(int(request_))
 
 
 def test_a_request_to_the_whole_step_while_the_worker_is_still_loading_is_heard_too(tmp_path):
