@@ -148,8 +148,3 @@ def basis(values: Values) -> str:
         ends = ", ".join(f"{plural(count, 'run')} at step {step}" for step, count in values.ends.items())
         said += f" They did not end at the same step ({ends}): what differs may be how long they ran."
     return said
-
-
-def rebuild(root: Path) -> None:
-    """Build the page of a sweep anew and say where it is; what `report=<sweep>` does."""
-    print(f"report: {build_sweep_report(root)}", flush=True)

@@ -10,6 +10,7 @@ from rlhf_lab.report.sweep_runs import Member, SweepRuns
 from rlhf_lab.report.sweep_values import Metric, Values
 
 ALPHA = 0.05
+FINEST = 0.005  # what two decimals still show
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,9 @@ class FactorTables:
 def spelled(mean: Mean, *, signed: bool = False) -> str:
     if mean.num == 0:
         return "\N{EM DASH}"
-    return ("+" if signed and mean.value > 0 else "") + str(Estimate(mean=mean.value, ci=mean.half_width))
+    # hundredths are enough for a mean whose interval is no finer; an exponent beside ± 0.66 would not be
+    value = 0.0 if abs(mean.value) < FINEST <= mean.half_width else mean.value
+    return ("+" if signed and value > 0 else "") + str(Estimate(mean=value, ci=mean.half_width))
 
 
 def by_combination(values: Values, split: str) -> tuple[Row, ...]:

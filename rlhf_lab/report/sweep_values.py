@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from rlhf_lab.report.plots import evaluated, metric_label
 from rlhf_lab.report.run import Run, Series, same_stream
-from rlhf_lab.report.summary import order
 from rlhf_lab.report.sweep_runs import Member, SweepRuns
 
 MOST_METRICS = 8  # in a table; the others are in metrics.csv
@@ -142,7 +141,7 @@ def find_metrics(runs: Sequence[Run]) -> Mapping[str, tuple[Metric, ...]]:
         prefix = f"eval/{split}/"
         held = [name.removeprefix(prefix) for run in runs for name in run.names if name.startswith(prefix)]
         keys = dict.fromkeys(name.removesuffix("/mean") for name in held if not name.endswith("/ci95"))
-        found[split] = describe(runs, split, sorted(keys, key=importance))
+        found[split] = describe(runs, split, sorted(keys, key=lambda key: importance(runs, key)))
     if not found:
         names = dict.fromkeys(name for run in runs for name in run.names)
         learned = [name for name in names if name.startswith("loss") or "accuracy" in name]
@@ -150,8 +149,14 @@ def find_metrics(runs: Sequence[Run]) -> Mapping[str, tuple[Metric, ...]]:
     return {split: metrics for split, metrics in found.items() if metrics}
 
 
-def importance(key: str) -> tuple[int, bool]:
-    return (-1, False) if key.startswith("accuracy") else (order(key), key == "completions/truncated_ratio")
+def importance(runs: Sequence[Run], key: str) -> int:
+    """Accuracy, gold scores that a run is trained towards, KL, length, what the models said, and the rest."""
+    head, _, name = key.partition("/")
+    if head == "gold":
+        aimed_at = any(run.is_gold_cost(name) or name in {gold for _, gold in run.pairs} for run in runs)
+        return 1 if aimed_at else 5
+    ranks = {"accuracy": 0, "kl": 2, "completions/mean_length": 3, "rewards": 4, "cost": 4, "completions": 7}
+    return ranks.get(key, ranks.get(head, 6))
 
 
 def describe(runs: Sequence[Run], split: str, keys: Sequence[str]) -> tuple[Metric, ...]:
