@@ -5,7 +5,7 @@ import shlex
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import chdir, contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from rlhf_lab.launch.compose import ROOT
 from rlhf_lab.launch.controller import array_of, largest_array, live_jobs
 from rlhf_lab.launch.executors import Slurm
 from rlhf_lab.launch.job import Task
+from rlhf_lab.launch.processes import per_node
 from rlhf_lab.launch.schedule import waves
 from rlhf_lab.launch.slurm_job import RunJob
 from rlhf_lab.launch.snapshot import environment, snapshot
@@ -32,7 +33,10 @@ ended=$?
 if [ "$ended" -eq 137 ] || [ "$ended" -eq 140 ]; then
   job="${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}"
   echo "$(date '+%F %T') the step of $job was killed" | tee -a {log}/"$job".killed
-  if [ "$(wc -l < {log}/"$job".killed)" -le {restarts} ]; then scontrol requeue "$job" && sleep 60; fi
+  if [ "$(wc -l < {log}/"$job".killed)" -le {restarts} ]; then
+    for wait in 60 60 60 60 60; do scontrol requeue "$job" && break; sleep "$wait"; done  # its controller may be down
+    sleep 60  # until this job is ended
+  fi
 fi
 exit "$ended"
 """
@@ -44,13 +48,20 @@ NAMED = {"mem": "mem_gb", "time": "time_min", "cpus-per-task": "cpus"} | {
 
 def submit(settings: Slurm, sweep: Sweep) -> list[dict[str, Any]]:
     """See `executors.Executor`."""
-    begun = time.monotonic()
     refuse_extra(settings.extra)
+    with chdir(sweep.cwd):  # what is frozen may be relative to it
+        return _submit(settings, sweep)
+
+
+def _submit(settings: Slurm, sweep: Sweep) -> list[dict[str, Any]]:
+    begun = time.monotonic()
     tasks = {run.plan: Task.read(sweep.root, run.plan) for run in sweep.runs}
     under_way = live_jobs([str(job["job"]) for job in jobs(sweep.root) if job["executor"] == "slurm"])
     busy = {job["plan"] for job in jobs(sweep.root) if job["job"] in under_way}
     runs = [task for digest, task in tasks.items() if digest not in busy and not task.is_finished]
     needed = {task.digest: task for run in runs for task in missing(run)}
+    for task in (*runs, *needed.values()):
+        per_node(task.num_processes, settings.nodes)  # refuses what every job would refuse
     submitted: list[dict[str, Any]] = []
     with claiming(needed.values()) as claimed:
         waited_for = {digest: job for digest, job in claimed.items() if job is not None}
@@ -144,7 +155,7 @@ class _Submission:
             lines = [line for line in str(error).splitlines() if line.strip()]
             reason = "; ".join(line.removeprefix("sbatch: error: ") for line in lines) or "no reason given"
             raise ValueError(
-                f"sbatch refused {len(tasks)} jobs: {reason}; see the settings executor.*; nothing was submitted"
+                f"sbatch refused {len(tasks)} jobs: {reason}; see the settings executor.*; nothing of it is submitted"
             ) from error
         ids = [str(job.job_id) for job in sent]
         self.sent += ids
