@@ -128,7 +128,7 @@ class Calibrated:
         stage, trial = _sized(plan, self.every)["stage"], measured.trial
         every = stage.get("evaluate_every", 0)
         evaluations = -(-stage["steps"] // every) - 1 if every and "steps" in stage else 0
-        seconds = trial.start + trial.seconds(units_of(stage), evaluations)
+        seconds = trial.seconds(units_of(stage), evaluations)
         notes = "" if measured.host == socket.gethostname() else f" on {measured.host}"
         if measured.load > BUSY:
             notes += f", when {measured.load:.1f} processes shared a core"

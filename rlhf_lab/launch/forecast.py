@@ -115,13 +115,15 @@ def _totals(seen: Forecast, executor: Mapping[str, Any]) -> Iterator[str]:
     devices = {
         one.plan.config["stage"]["hardware"]["device"] for one in waiting if "hardware" in one.plan.config["stage"]
     }
-    yield f"{said}; {' or '.join(map(str, sorted(processes)))} process(es) each on {', '.join(sorted(devices))}"
+    each = " or ".join(f"{count} process{'es' * (count > 1)}" for count in sorted(processes))
+    yield f"{said}; {each} each, on {', '.join(sorted(devices))}"
     if seen.unknown < len(waiting):
-        at_once = int(executor.get("at_once") or (1 if _kind(executor) == "here" else len(waiting)))
+        at_once = executor.get("at_once") or (1 if _kind(executor) == "here" else len(waiting))
         known = "" if not seen.unknown else f", of the {len(waiting) - seen.unknown} that are known"
         work, wall = duration(seen.device_seconds), duration(seen.wall_seconds(at_once))
         hours = f" ({seen.device_seconds / 3600:.1f} device-hours)" if seen.device_seconds >= 3600 else ""
-        yield f"time: {work} of work{hours}, {wall} on the clock with {at_once} at once{known}; queues come on top"
+        yield f"time: {work} of work{hours}, {wall} on the clock with {at_once} at once{known}"
+        yield "  starts of processes and the cluster's queue come on top"
     if seen.unknown:
         yield f"time of {seen.unknown} of {len(waiting)}: unknown; plan=calibrate measures"
     estimates = [one.estimate for one in waiting if one.estimate is not None]
@@ -135,6 +137,15 @@ def _kind(executor: Mapping[str, Any]) -> str:
 
 def _submission(seen: Forecast, executor: Mapping[str, Any]) -> Iterator[str]:
     """What would be submitted, in its order."""
+    kind = _kind(executor)
     settings = {key: value for key, value in executor.items() if key != "_target_" and value not in (None, {}, [])}
     spelled = ", ".join(f"{key}={value}" for key, value in settings.items())
-    yield f"executor: {_kind(executor)}{': ' * bool(spelled)}{spelled}"
+    yield f"executor: {kind}{': ' * bool(spelled)}{spelled}"
+    if kind != "slurm" or not seen.to_do:
+        return
+    throttle = f", {settings['at_once']} at a time" if "at_once" in settings else ""
+    for place, jobs in enumerate(seen.rounds, 1):
+        after = f", after array {place - 1}" if place > 1 else ""
+        what = "runs" if jobs[0].runs == 0 else ", ".join(one.plan.directory.name for one in jobs)
+        size = f"{len(jobs)} job{'s' * (len(jobs) != 1)}"
+        yield f"  array {place}: {size}{throttle}{after}: {what}"

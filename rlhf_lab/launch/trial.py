@@ -4,7 +4,6 @@ Started as a process of its own, so that its memory is that of such a run.
 """
 
 import json
-import os
 import resource
 import sys
 import time
@@ -39,7 +38,6 @@ class Trial:
         begin: seconds outside of the steps, the first evaluation included; of a run whose amount is `units`.
         unit: seconds of a step, or of a row.
         evaluation: seconds of one evaluation in the middle of a run with steps.
-        start: seconds until a process has imported what it needs.
     """
 
     begin: float
@@ -48,7 +46,6 @@ class Trial:
     evaluation: float
     memory_mib: float
     device_memory_mib: float
-    start: float
 
     def seconds(self, units: int, evaluations: int) -> float:
         """Of a whole run."""
@@ -134,7 +131,6 @@ class _Taken:
 
 def measure(plan: Plan) -> Trial:
     """Do the short runs of a plan below its directory; their output stays there, for what needs it."""
-    started = _process_age()
     stage = plan.config["stage"]
     taken: list[_Taken] = []
     batch = 1
@@ -160,7 +156,6 @@ def measure(plan: Plan) -> Trial:
         evaluation=evaluation,
         memory_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         device_memory_mib=device,
-        start=started,
     )
 
 
@@ -176,13 +171,6 @@ def _timed(plan: Plan, stage: dict[str, Any], directory: Path) -> _Taken:
     if "epochs" in stage:  # the table may have had fewer rows
         units = int(json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])["episode"])
     return _Taken(seconds, units, [[after - before for before, after in pairwise(marks)] for marks in console.loops])
-
-
-def _process_age() -> float:
-    """Seconds since this process was started."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    uptime = float(Path("/proc/uptime").read_text().split()[0])
-    return uptime - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
