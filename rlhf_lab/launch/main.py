@@ -11,9 +11,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from rlhf_lab.launch import outcome
 from rlhf_lab.launch.asking import asked
 from rlhf_lab.launch.compose import ROOT, register_resolvers
+from rlhf_lab.launch.job import STOPPED
 from rlhf_lab.redaction import redact
+from rlhf_lab.stopping import Stopped
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 
@@ -27,7 +30,9 @@ def with_own_data(arguments: list[str]) -> list[str]:
     path = typed.get("dataset.path", "embedded:")
     if path.startswith("embedded:") or "dataset" in typed or "experiments" in typed:
         return arguments
-    print(f"dataset=table, since dataset.path={path} is a table (its settings: conf/dataset/table.yaml)", flush=True)
+    if os.environ.get("RANK", "0") == "0":  # of several processes of torchrun, the first one speaks
+        settings = "its settings: conf/dataset/table.yaml"
+        print(f"dataset=table, since dataset.path={path} is a table ({settings})", flush=True)
     return ["dataset=table", *arguments]
 
 
@@ -66,6 +71,10 @@ def main() -> None:
         hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")(launch)()
     except Exception as error:
         sys.exit(say_why(error, typed))
+    except Stopped as stopped:
+        if outcome.may_speak():
+            print(stopped, file=sys.stderr)
+        sys.exit(STOPPED)
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -90,8 +99,11 @@ def say_why(error: Exception, overrides: list[str], prefix: str = "") -> int:
     elif isinstance(error, RunFailed):
         code, message = FAILED, str(error)
     else:  # ours: no run directory has its traceback
-        traceback.print_exception(error)
         code, message = FAILED, f"{type(error).__name__}: {error}"
+    if not outcome.may_speak():
+        return code
+    if code == FAILED and not isinstance(error, RunFailed):
+        traceback.print_exception(error)
     for line in redact(message).splitlines():
         print(f"error: {prefix}{line}", file=sys.stderr)
     return code
