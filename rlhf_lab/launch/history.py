@@ -27,6 +27,7 @@ NEEDED = re.compile(
     r"(algorithm\.)?_target_|model\.(base|policy|reference|critic)|hardware\..*|prompts_per_step|samples_per_prompt|"
     r"batch_size|.*(max_new_tokens|max_prompt_tokens|max_response_tokens)"
 )
+LONGEST_PAGE_S = 600  # a page that appeared later than that after its run was drawn once more
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _NOT_RUNS = {"checkpoints", "samples", "plots", "shards", "plans", "log", "code", "policy", "scorer", "data", "wandb"}
 
@@ -242,7 +243,7 @@ def _past(directory: Path, spelled: str) -> Past | None:
         settings = settings_of(config, environment.get("num_processes", 1))
         page = directory / "report.html"
         drawing = page.stat().st_mtime - (directory / "status.json").stat().st_mtime if page.exists() else 0.0
-        seconds = status["seconds"] + (drawing if 0 < drawing < status["seconds"] else 0.0)
+        seconds = status["seconds"] + (drawing if 0 < drawing < LONGEST_PAGE_S else 0.0)
         return Past(
             directory=directory,
             settings=settings,
