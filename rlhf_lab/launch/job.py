@@ -61,8 +61,10 @@ class Task:
 
     def made(self) -> frozenset[str]:
         """What the run has written so far, by name: a file that is new is work that was not lost."""
-        found = self.directory.rglob("*") if self.directory.exists() else ()
-        return frozenset(str(path.relative_to(self.directory)) for path in found if not path.name.startswith("."))
+        submission = self.root.absolute()  # inside of the run's directory, if the run was submitted alone
+        found = (path for path in self.directory.absolute().rglob("*") if not path.name.startswith("."))
+        alone = submission.is_relative_to(self.directory.absolute())
+        return frozenset(str(path) for path in found if not (alone and path.is_relative_to(submission)))
 
     def command(self) -> list[str]:
         """What does the run: one process, or as many as it wants on all nodes together."""

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, chdir
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,6 +100,11 @@ def log_of(task: Task) -> Path:
 
 def submit(settings: "Pool", sweep: "Sweep") -> list[dict[str, Any]]:
     """See `executors.Executor`."""
+    with chdir(sweep.cwd):  # what is frozen may be relative to it
+        return _submit(settings, sweep)
+
+
+def _submit(settings: "Pool", sweep: "Sweep") -> list[dict[str, Any]]:
     from rlhf_lab.console import Console
     from rlhf_lab.launch.slurm import missing, shown
     from rlhf_lab.launch.sweep import jobs, record_job
@@ -141,7 +146,6 @@ def _start(job: PoolJob, sweep: "Sweep") -> str:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            cwd=sweep.cwd,
             check=False,
         )
     if started.returncode != 0:

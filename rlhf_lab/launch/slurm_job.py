@@ -21,6 +21,7 @@ from rlhf_lab.launch.job import (
     status,
 )
 
+AGAIN_S = 5
 HURRY_S = 15  # kept of the time limit, for what comes before this process and for requeuing
 
 
@@ -58,12 +59,16 @@ class RunJob:
             return
         if code != STOPPED:
             raise JobFailed(f"{task.directory}: {status(task.directory).get('error') or 'failed'}")
-        if not requests.came or (signal.SIGUSR2 not in requests.came and _is_cancelled()):
+        if not requests.came or (signal.SIGTERM in requests.came and _is_cancelled()):
             say(f"{task.directory} was stopped on request")
             sys.exit(STOPPED)
-        if not is_first_node():
-            time.sleep(2 * HURRY_S)  # the first node requeues the job, which ends this process
-        requests.pass_on(signal.SIGUSR2)
+        while is_first_node():
+            try:
+                requests.pass_on(signal.SIGUSR2)  # to submitit, which requeues the job and does not return
+            except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+                say(f"the controller does not answer, asking again: {error}")
+                time.sleep(AGAIN_S)
+        time.sleep(2 * HURRY_S)  # the first node requeues the job, which ends this process
 
     def checkpoint(self) -> Any:
         """What submitit runs after a requeue: the same again, which continues the run."""
@@ -82,7 +87,7 @@ class RunJob:
 
 
 def _is_cancelled() -> bool:
-    """Whether SLURM ends this job for good; a job that it preempts is running until its grace is over."""
+    """Whether SLURM ends this job for good; a job that it pre-empts is running until its grace is over."""
     asked = ["squeue", "--noheader", "--format=%T", f"--jobs={os.environ['SLURM_JOB_ID']}"]
     answer = subprocess.run(asked, capture_output=True, text=True, check=False)
-    return answer.stdout.split() != ["RUNNING"]
+    return answer.returncode == 0 and answer.stdout.split() != ["RUNNING"]

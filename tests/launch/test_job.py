@@ -89,6 +89,20 @@ def test_a_worker_that_is_killed_is_started_again_so_often_and_no_more(tmp_path,
     assert "killed by SIGKILL" in status(run)["error"]
 
 
+def test_the_files_of_a_submission_are_no_progress_of_the_run_that_holds_them(tmp_path):
+    run = tmp_path / "run"
+    alone = Task(root=run / "submission", digest="0", directory=run, num_processes=1, needs=())
+    of_a_sweep = Task(root=tmp_path, digest="0", directory=run, num_processes=1, needs=())
+    assert alone.made() == of_a_sweep.made() == frozenset()
+    (run / "submission" / "log").mkdir(parents=True)
+    (run / "submission" / "log" / "1_0_log.out").touch()
+    assert alone.made() == frozenset()
+    (run / "checkpoints" / "step_000001").mkdir(parents=True)
+    (run / "checkpoints" / ".step_000002.tmp").mkdir()
+    assert alone.made() == {str(run / "checkpoints"), str(run / "checkpoints" / "step_000001")}
+    assert of_a_sweep.made() > alone.made()
+
+
 def test_a_worker_that_gets_further_before_each_kill_is_always_started_again(tmp_path):
     assert end_of(scripted(tmp_path / "run", GETS_FURTHER), restarts=1) == FINISHED
 
