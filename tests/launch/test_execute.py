@@ -1,5 +1,6 @@
 """Whole runs at toy size: every method and experiment, a person's own data and models, and how a run ends badly."""
 
+import fcntl
 import json
 from pathlib import Path
 
@@ -95,6 +96,25 @@ def test_the_command_line_from_nothing_to_a_finished_run(command_line, questions
     assert other.returncode == 2
     assert "algorithm.gamma: 1.0 -> 0.5" in other.stderr
     assert "name=" in other.stderr
+
+
+def test_an_artifact_whose_builder_was_killed_after_its_last_result_is_completed(plan_of, smoke_runs):
+    plan = plan_of("debug=smoke", "stage=annotate", f"runs_dir={smoke_runs}", "name=needs_a_page")
+    execute(plan)
+    artifact = plan.needs[0].directory
+    (artifact / "report.html").unlink()
+    half, spare = artifact / "plots/.overview.png.1.tmp", artifact / "checkpoints/step_000001"
+    half.write_bytes(b"half")
+    spare.mkdir(parents=True)
+    with (artifact / ".lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        execute(plan)  # its builder is still at it
+        assert half.exists()
+        assert spare.exists()
+    execute(plan)
+    assert (artifact / "report.html").exists()
+    assert not half.exists()
+    assert not spare.parent.exists()
 
 
 def test_a_sweep_runs_every_point_and_says_which_failed(command_line, tmp_path):
