@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from rlhf_lab.launch.asking import OPTIONS, asked
 from rlhf_lab.launch.compose import ROOT, Plan
 from rlhf_lab.launch.main import with_own_data
 
@@ -21,12 +22,13 @@ TABLED = [
 ]
 # what a person has to name beside them
 BESIDE = {"stage=safety_test": ["model.policy=embedded:tiny"]}
+VERBS = [command for command in COMMANDS if shlex.split(command)[2].split("=")[0] in OPTIONS]
 
 
 def filled(word: str) -> str:
     """What a person types for a word: a path where the README says <…>, one point of a sweep."""
     word = re.sub(r"<[^>]*>", "some/path", word)
-    return word.split(",")[0] if word.startswith("seed=") else word
+    return word if "[" in word else word.split(",")[0]
 
 
 def test_the_readme_has_commands_to_check():
@@ -34,11 +36,16 @@ def test_the_readme_has_commands_to_check():
     assert "python launch.py algorithm=ppo_lag reward=ensemble_uwo" in COMMANDS
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if "--help" not in command])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "--help" not in c and c not in VERBS])
 def test_each_command_composes(command: str, plan_of: Callable[..., Plan]):
     words = [filled(word) for word in shlex.split(command)[2:] if word != "-m"]
     plan = plan_of(*with_own_data(words))
     assert plan.config["stage"]["_target_"].startswith("rlhf_lab.stages.")
+
+
+def test_every_verb_is_shown_and_is_one():
+    shown = [asked([filled(word) for word in shlex.split(command)[2:]]) for command in VERBS]
+    assert {wish.verb for wish in shown if wish is not None} == set(OPTIONS)
 
 
 @pytest.mark.parametrize("command", TABLED)
