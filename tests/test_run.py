@@ -4,8 +4,10 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 from rlhf_lab.console import Console
 from rlhf_lab.engine.checkpoint import checkpoints
 from rlhf_lab.run import Run, RunRefused, difference, is_finished
+from rlhf_lab.stopping import Stopped
 from rlhf_lab.tracking import NoTracker
 
 CONFIG = {"seed": 3, "keep_checkpoints": 2, "stage": {"steps": 4}}
@@ -28,6 +31,10 @@ def open_run(directory: Path, **changes: object) -> Run:
         tracker=NoTracker(),
         console=Console(),
     )
+
+
+def status(directory: Path) -> dict:
+    return json.loads((directory / "status.json").read_text())
 
 
 def lines(path: Path) -> list[dict]:
@@ -124,9 +131,9 @@ def test_environment_holds_the_hashes_of_what_is_read(tmp_path):
     assert hashes == {"model.safetensors": expected.stdout.split()[0]}
 
 
-def filled(tmp_path: Path) -> Run:
+def filled(tmp_path: Path, **changes: object) -> Run:
     """Steps 0 to 5 logged, checkpoints after 1, 3 and 5, killed in the middle of the line of step 6."""
-    run = open_run(tmp_path)
+    run = open_run(tmp_path, **changes)
     for step in range(6):
         run.log(step, {"x": float(step)})
         run.write_rows(f"samples/step_{step:06d}.jsonl", [{"step": step}])
@@ -291,3 +298,220 @@ def test_what_a_killed_process_left_half_written_is_swept_away(tmp_path):
     (tmp_path / ".status.json.99.tmp").write_text("half")
     open_run(tmp_path).close()
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_run_that_is_asked_to_stop_saves_first_and_the_request_is_then_gone(tmp_path):
+    run = open_run(tmp_path)
+    run.checkpoint(1, lambda: {"step": 1}, due=False)
+    assert not (tmp_path / "checkpoints").exists()
+    (tmp_path / "stop").touch()
+    with pytest.raises(Stopped, match=r"asked by the file .*stop; the same command continues") as stopped:
+        run.checkpoint(2, lambda: {"step": 2}, due=False)
+    run.note_end(Stopped, stopped.value, None)
+    run.close()
+    assert status(tmp_path)["state"] == "stopped"
+    assert "error" not in status(tmp_path)
+    assert not (tmp_path / "error.txt").exists()
+    again = open_run(tmp_path)
+    assert again.resume() == (2, {"step": 2})
+    again.checkpoint(3, lambda: {"step": 3}, due=False)
+    again.pause()
+    again.close()
+
+
+def test_a_request_outlives_the_process_that_was_killed_before_it_heard(tmp_path):
+    open_run(tmp_path).close()
+    (tmp_path / "stop").touch()
+    run = open_run(tmp_path)
+    with pytest.raises(Stopped):
+        run.pause()
+    run.close()
+
+
+def test_status_says_how_far_and_sums_over_sittings(tmp_path, monkeypatch):
+    clock = 1000.0
+    monkeypatch.setattr("rlhf_lab.status.time.monotonic", lambda: clock)
+    latest = {"objective/scores": 0.5, "objective/kl": float("nan"), "lr": 1.0}
+    for sitting in (1, 2):
+        run = open_run(tmp_path)
+        assert (status(tmp_path)["state"], status(tmp_path)["sittings"]) == ("running", sitting)
+        for _ in run.steps("step", 0, 4, latest):
+            clock += 10
+        # the process is killed here: what was last said stands
+        run.close()
+        said = status(tmp_path)
+        assert said["state"] == "running"
+        assert said["seconds"] == 40.0 * sitting
+        assert {key: said["progress"][key] for key in ("what", "step", "steps")} == {
+            "what": "step",
+            "step": 4,
+            "steps": 4,
+        }
+        assert (said["progress"]["reward"], said["progress"]["kl"]) == (0.5, "nan")
+        assert "lr" not in said["progress"]
+        assert said["host"] == socket.gethostname()
+    started = status(tmp_path)["started"]
+    run = open_run(tmp_path)
+    run.finish({"loss": 1.0})
+    run.close()
+    assert status(tmp_path)["started"] == started
+    assert status(tmp_path)["sittings"] == 3
+
+
+def test_a_status_that_a_dying_machine_left_empty_is_no_end(tmp_path):
+    open_run(tmp_path).close()
+    (tmp_path / "status.json").write_text("")
+    assert not is_finished(tmp_path)
+    open_run(tmp_path).close()
+    assert status(tmp_path)["state"] == "running"
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [5]), (2, [5, 3]), ("all", [5, 3, 1])])
+def test_as_many_checkpoints_are_kept_as_are_asked_for(tmp_path, keep, left):
+    run = filled(tmp_path, keep_checkpoints=keep)
+    assert [step for step, _ in checkpoints(tmp_path / "checkpoints")] == left
+    run.finish({})
+    run.drop_checkpoints()
+    assert (tmp_path / "checkpoints").exists() == (keep == "all")
+    run.close()
+    open_run(tmp_path, keep_checkpoints=7).close()  # it changes nothing that a run measures
+
+
+def test_a_damaged_checkpoint_does_not_take_the_place_of_a_sound_one(tmp_path):
+    run = filled(tmp_path)
+    (tmp_path / "checkpoints/step_000005/tree.json").write_text("{}")
+    run.resume()
+    run.save(4, {"step": 4})
+    assert [step for step, _ in checkpoints(tmp_path / "checkpoints")] == [4, 3]
+    run.close()
+
+
+def test_what_is_no_checkpoint_is_not_taken_for_one(tmp_path):
+    run = filled(tmp_path)
+    (tmp_path / "checkpoints/step_000005.bak").mkdir()
+    (tmp_path / "checkpoints/step_000009").mkdir()
+    assert (run.resume() or (0,))[0] == 5
+    run.close()
+
+
+def test_every_sitting_is_kept_and_a_change_of_the_code_is_said(tmp_path, monkeypatch, capsys):
+    open_run(tmp_path).close()  # killed before it did anything
+    run = open_run(tmp_path)
+    run.resume()
+    run.log(1, {"x": 1.0})
+    run.save(1, {"step": 1})
+    run.close()
+    first = json.loads((tmp_path / "environment.json").read_text())
+    monkeypatch.setattr("rlhf_lab.environment.code_digest", lambda: "0" * 64)
+    monkeypatch.setattr("rlhf_lab.environment.PACKAGES", ("torch",))
+    monkeypatch.setattr("rlhf_lab.environment.metadata.version", lambda name: "99.0")
+    monkeypatch.setattr("sys.argv", ["launch.py", "again"])
+    run = open_run(tmp_path)
+    run.resume()
+    run.close()
+    said = json.loads((tmp_path / "environment.json").read_text())
+    assert [sitting["resumed_from"] for sitting in said["sittings"]] == [None, 1]
+    assert said["sittings"][1]["command"] == "launch.py again"
+    assert {key: value for key, value in said.items() if key != "sittings"} == {
+        key: value for key, value in first.items() if key != "sittings"
+    }
+    [warning] = lines(tmp_path / "warnings.jsonl")
+    assert warning["step"] == 1
+    assert f"torch {first['packages']['torch']} -> 99.0" in warning["message"]
+    assert "whose files differ" in warning["message"]
+    assert capsys.readouterr().out.count("continued under other code or packages") == 1
+
+
+def test_other_inputs_under_a_run_that_has_begun_are_refused(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+
+    def opened() -> Run:
+        return Run.open(
+            tmp_path / "run",
+            config=CONFIG,
+            overrides=[],
+            artifacts={"m": folder},
+            tracker=NoTracker(),
+            console=Console(),
+        )
+
+    (folder / "model.safetensors").write_bytes(b"weights")
+    opened().close()
+    (folder / "model.safetensors").write_bytes(b"others")
+    run = opened()  # nothing was made of the first ones
+    run.log(0, {"x": 1.0})
+    run.close()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(RunRefused, match=r"begun with another .*model than is there now"):
+        opened()
+
+
+def test_a_run_that_was_frozen_before_says_why_it_was_refused_and_stays(tmp_path):
+    open_run(tmp_path).close()
+    run = open_run(tmp_path)
+    error = ValueError("the data are bad\nin two lines")
+    run.note_end(ValueError, error, None)
+    run.withdraw()
+    run.close()
+    assert status(tmp_path)["error"] == "ValueError: the data are bad"
+    assert (tmp_path / "config.yaml").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of two megabytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def fill_up(disk: Path) -> Path:
+    """Take all that is left."""
+    with (disk / "ballast").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"0" * 4096)
+    return disk / "ballast"
+
+
+@pytest.mark.parametrize("what", ["metrics", "checkpoint", "samples", "warning", "policy"])
+def test_a_disk_that_fills_up_ends_the_run_clearly_and_leaves_nothing_half_written(small_disk, what):
+    run = open_run(small_disk / "run")
+    for step in (1, 2):
+        run.log(step, {"x": float(step)})
+        run.warn(step, "careful")
+        run.write_rows(f"samples/step_{step:06d}.jsonl", [{"step": step}])
+        run.save(step, {"step": step})
+    before = {path: path.read_bytes() for path in small_disk.rglob("*") if path.is_file() and path.name != ".lock"}
+    ballast = fill_up(small_disk)
+    large = "x" * 10_000
+
+    def fill(folder: Path) -> None:
+        (folder / "weights").write_text(large)
+
+    do = {
+        "metrics": lambda: run.log(3, dict.fromkeys(map(str, range(2000)), 0.5)),
+        "checkpoint": lambda: run.save(3, {"weights": torch.zeros(10_000)}),
+        "samples": lambda: run.write_rows("samples/step_000003.jsonl", [{"text": large}]),
+        "warning": lambda: run.warn(3, large),
+        "policy": lambda: run.make("policy", fill),
+    }
+    with pytest.raises(OSError, match="No space left") as failure:
+        do[what]()
+    run.note_end(OSError, failure.value, None)
+    run.close()
+    assert status(small_disk / "run")["state"] == "failed"
+    assert "No space left" in status(small_disk / "run")["error"]
+    ballast.unlink()
+    after = {path: path.read_bytes() for path in small_disk.rglob("*") if path.is_file() and path.name != ".lock"}
+    own = (small_disk / "run/status.json", small_disk / "run/error.txt")
+    assert {path: after[path] for path in after if path not in own} == {p: before[p] for p in before if p not in own}
+    again = open_run(small_disk / "run")
+    assert again.resume() == (2, {"step": 2})
+    again.log(3, {"x": 3.0})
+    assert [line["step"] for line in lines(small_disk / "run/metrics.jsonl")] == [1, 2, 3]
+    again.close()
