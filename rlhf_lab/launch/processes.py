@@ -149,6 +149,8 @@ def run(task: Task) -> int:
     ending.parent.mkdir(exist_ok=True)
     ending.unlink(missing_ok=True)  # before the nodes have met, and so before any rank can write it
     os.environ[outcome.FILE] = str(ending)
+    # a store for each start: in a common one, ranks would look for each other where those before them had been
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     failures = cast("RunResult", agent.run()).failures  # its decorator hides its type
     agent.get_worker_group().spec.rdzv_handler.shutdown()
     for rank, failure in sorted(failures.items()):
