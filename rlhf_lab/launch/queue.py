@@ -48,7 +48,7 @@ def queued(ids: Collection[str]) -> dict[str, Queued] | None:
         job, state, reason, nodes = line.split("|")
         found[job] = Queued(state=state, reason=nodes if state == "RUNNING" else reason)
     forgotten = {array_of(job) for job in ids if job not in found}
-    return found | (_accounted(forgotten) if forgotten else {})
+    return (_accounted(forgotten) if forgotten else {}) | found
 
 
 def _accounted(arrays: Collection[str]) -> dict[str, Queued]:
@@ -65,5 +65,18 @@ def _accounted(arrays: Collection[str]) -> dict[str, Queued]:
         job, state, code = line.split("|")
         # `CANCELLED by 0`; what the controller has forgotten is over, whatever the accounting last heard
         word = state.split()[0]
-        ended[job] = Queued(state="UNKNOWN" if word in LIVE else word, reason=f"exit code {code.split(':')[0]}")
+        end = Queued(state="ENDED" if word in LIVE else word, reason=f"exit code {code.split(':')[0]}")
+        ended |= dict.fromkeys(expanded(job), end)
     return ended
+
+
+def expanded(job: str) -> list[str]:
+    """The jobs that `7_[2-4,9%3]` means, as SLURM writes those of an array that never began."""
+    array, bracket, places = job.partition("_[")
+    if not bracket:
+        return [job]
+    found: list[str] = []
+    for part in places.rstrip("]").partition("%")[0].split(","):
+        first, _, last = part.partition("-")
+        found += [f"{array}_{place}" for place in range(int(first), int(last or first) + 1)]
+    return found

@@ -158,7 +158,7 @@ def _judged(
     if told is not None and told.state == "UNKNOWN" and (said in (None, "running") or old):
         return ("pending" if said is None else "running"), True, f"{progress_of(status)} ({told.reason})".strip()
     if told is not None and (told.is_live or told.state == "POOL"):
-        return _of_live_job(status, told, old)
+        return _of_live_job(directory, status, told, old)
     if is_cancelled and said != "failed":
         return "cancelled", False, progress_of(status)
     ended = f"job {job['job']} ended: {told.state}, {told.reason}" if told else ""
@@ -167,7 +167,7 @@ def _judged(
     if said == "failed":
         return "failed", False, status.get("error", "")
     if said == "stopped":
-        return "stopped", False, f"{progress_of(status)}; {status.get('reason', '')}"
+        return "stopped", False, f"{progress_of(status)}; {_reason(directory, status)}"
     if said == "running":
         return "lost", False, f"{progress_of(status)}; its process {status.get('process')} is gone"
     if not job:
@@ -175,7 +175,7 @@ def _judged(
     return "lost", False, ended or "its job is gone, and it never began"
 
 
-def _of_live_job(status: Mapping[str, Any], told: Queued, old: bool) -> tuple[State, bool, str]:
+def _of_live_job(directory: Path, status: Mapping[str, Any], told: Queued, old: bool) -> tuple[State, bool, str]:
     """Of a run that nobody holds at this moment, though its job is there."""
     said = status.get("state")
     if told.state == "PENDING":
@@ -188,13 +188,19 @@ def _of_live_job(status: Mapping[str, Any], told: Queued, old: bool) -> tuple[St
     if said == "failed":
         return "failed", told.state != "POOL", status.get("error", "")
     if said == "stopped":
-        where = f"{progress_of(status)}; {status.get('reason', '')}"
+        where = f"{progress_of(status)}; {_reason(directory, status)}"
         return (
             ("stopped", False, where)
             if told.state == "POOL"
             else ("running", True, f"{progress_of(status)}, to be requeued")
         )
     return "running", True, f"{progress_of(status)}, starting again"
+
+
+def _reason(directory: Path, status: Mapping[str, Any]) -> str:
+    """Why it stopped, without what its row says already."""
+    said = status.get("reason", "").removeprefix(f"{directory} stopped: ").partition("; the same command")[0]
+    return said.replace(f"{directory}/", "")
 
 
 def progress_of(status: Mapping[str, Any]) -> str:
