@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tests.slurm.cluster import Cluster, wait_until
 ON_CPU = ("debug=smoke", "hardware=slurm_cpu", "executor.cpus=1", "executor.mem_gb=1.5")
 ON_GPU = ("debug=smoke", "hardware=slurm_gpu", "hardware.device=cpu", "hardware.dtype=float32", "hardware.threads=1")
 ON_GPU = (*ON_GPU, "executor.cpus=1", "executor.mem_gb=1.5")
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")  # of a job: how it may have ended
 PATIENCE = 900  # seconds for what takes ten when the machine is idle
 
 
@@ -59,6 +61,12 @@ class Desk:
         """What the controller says of a job, which it remembers for an hour."""
         return self.cluster.ask("squeue", "-h", "-r", "-t", "all", "-j", job, "-o", "%T")
 
+    def minutes(self, job: str) -> float:
+        """How long a job has been running since it was last started."""
+        *days, time = self.cluster.ask("squeue", "-h", "-r", "-t", "all", "-j", job, "-o", "%M").split("-")
+        assert not days
+        return sum(int(part) / 60**power for power, part in enumerate(time.split(":")[-2:]))
+
     def accounted(self, jobs: list[str]) -> set[str]:
         """State and exit code of the jobs in the accounts, such as 'COMPLETED 0:0'; they lag some seconds behind."""
         said = self.cluster.ask("sacct", "-X", "-n", "-P", "-o", "JobID,State,ExitCode", "-j", ",".join(jobs))
@@ -67,9 +75,12 @@ class Desk:
 
     def wait_for(self, job: str, state: str = "COMPLETED") -> None:
         """Until SLURM says that of the job; fails with the job's log."""
-        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        wait_until(lambda: self.state(job) in {state, *ends}, PATIENCE)
-        assert self.state(job) == state, f"{job} is {self.state(job)}:\n{self.log(job)}"
+        self.wait_until(lambda: self.state(job) == state, job)
+
+    def wait_until(self, true: Callable[[], bool], job: str) -> None:
+        """Until something is true of a job that is not over; fails with its log."""
+        wait_until(lambda: true() or self.state(job) in OVER, PATIENCE)
+        assert true(), f"{job} is {self.state(job)}:\n{self.log(job)}"
 
     def log(self, job: str) -> str:
         """The end of a job's log."""
