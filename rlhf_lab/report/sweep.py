@@ -11,12 +11,13 @@ from rlhf_lab.report.page import Picture, data_uri, replace, templates
 from rlhf_lab.report.sweep_export import export
 from rlhf_lab.report.sweep_figures import SweepFigure, figures
 from rlhf_lab.report.sweep_runs import SweepRuns, read_sweep
-from rlhf_lab.report.sweep_tables import FactorTables, by_combination, by_factor, final, p_spelled, spelled
+from rlhf_lab.report.sweep_tables import FactorTables, by_combination, by_factor, final, p_spelled
 from rlhf_lab.report.sweep_values import Values, read_values
 
 DPI = 130
 MANY_ROWS = 12  # beyond these a table scrolls in a box of its own
 MOST_FINDINGS = 12
+MOST_ENDS = 4
 SHOWN_METRICS = 5  # in the list of runs
 SCRIPT = Path(__file__).with_name("sweep.js")
 
@@ -65,7 +66,7 @@ def render(values: Values, pictures: Sequence[Picture]) -> str:
     sweep, script = values.sweep, SCRIPT.read_text()
     factors = by_factor(values)
     environment = templates()
-    environment.filters |= {"p": p_spelled, "spelled": spelled}
+    environment.filters |= {"p": p_spelled}
     return environment.get_template("sweep.html.j2").render(
         sweep=sweep,
         values=values,
@@ -146,5 +147,7 @@ def basis(values: Values) -> str:
     said += f"; the other {others} are not in any mean." if others else "."
     if len(values.ends) > 1:
         ends = ", ".join(f"{plural(count, 'run')} at step {step}" for step, count in values.ends.items())
+        if len(values.ends) > MOST_ENDS:
+            ends = f"{len(values.ends)} different ones, from {min(values.ends)} to {max(values.ends)}"
         said += f" They did not end at the same step ({ends}): what differs may be how long they ran."
     return said

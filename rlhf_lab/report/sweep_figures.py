@@ -41,7 +41,7 @@ from rlhf_lab.report.sweep_plots import (
 from rlhf_lab.report.sweep_runs import SweepRuns
 from rlhf_lab.report.sweep_values import Metric, Values
 
-MOST_ROWS = 24  # of a forest
+MOST_ROWS = 40  # of a forest
 MOST_FORESTS = 4
 FEWEST_CELLS = 6  # of a heat map that says more than the table
 MOST_LEVELS = 16  # of a factor of a heat map
@@ -113,7 +113,13 @@ def rows_of(sweep: SweepRuns) -> Groups:
 
 def finals(values: Values) -> list[SweepFigure]:
     groups = rows_of(values.sweep)
-    forests = [forest(values, groups, metric) for metric in values.headline[:MOST_FORESTS]]
+    shown = values.headline[:MOST_FORESTS]
+    groups = {
+        label: members
+        for label, members in groups.items()
+        if any(math.isfinite(values.of(member, metric).after) for member in members for metric in shown)
+    }
+    forests = [forest(values, groups, metric) for metric in shown]
     forests = [one for one in forests if any(mean.num for _, mean, _ in one.rows)]
     if not forests:
         return []

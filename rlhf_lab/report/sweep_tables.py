@@ -20,14 +20,16 @@ class Cell:
     Fields:
         before: mean over the same seeds at the first evaluation; NaN where there was none.
         limit: how the mean stands to its limit, in words; "" where there is none.
+        scale: the largest size that the metric has in the sweep.
     """
 
     after: Mean
     before: float
     limit: str
+    scale: float
 
     def __str__(self) -> str:
-        return spelled(self.after)
+        return spelled(self.after, self.scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,7 @@ class PairedRow:
     Fields:
         p_adjusted: by Holm, for all comparisons of this metric.
         verdict: what may be concluded.
+        scale: the largest size that the metric has in the sweep.
     """
 
     level: str
@@ -54,10 +57,12 @@ class PairedRow:
     difference: Difference
     p_adjusted: float
     verdict: str
+    scale: float
 
     @property
     def mean(self) -> str:
-        return spelled(self.difference.mean, signed=True)
+        said = spelled(self.difference.mean, self.scale)
+        return f"+{said}" if self.difference.mean.value > 0 and not said.startswith("0.00") else said
 
     @property
     def count(self) -> str:
@@ -73,6 +78,8 @@ class FactorTables:
 
     Fields:
         num_blocks: (other factors, seed) in which every level has a compared run; the margins rest on these alone.
+        pairs: by metric; without those of `equal`.
+        equal: metrics that differ in no pair.
     """
 
     factor: str
@@ -80,14 +87,20 @@ class FactorTables:
     num_blocks: int
     levels: tuple[Row, ...]
     pairs: tuple[PairedRow, ...]
+    equal: tuple[Metric, ...]
 
 
-def spelled(mean: Mean, *, signed: bool = False) -> str:
+def spelled(mean: Mean, scale: float) -> str:
+    """A mean with its interval. Beside values that show in hundredths, what is finer is 0.00, not an exponent.
+
+    Unless it is told from 0: then how small it is matters.
+    """
     if mean.num == 0:
         return "\N{EM DASH}"
-    # hundredths are enough for a mean whose interval is no finer; an exponent beside ± 0.66 would not be
-    value = 0.0 if abs(mean.value) < FINEST <= mean.half_width else mean.value
-    return ("+" if signed and value > 0 else "") + str(Estimate(mean=value, ci=mean.half_width))
+    value, half_width = mean.value, mean.half_width
+    if scale > FINEST and not half_width < abs(value) < FINEST:
+        value, half_width = (0.0 if abs(part) < FINEST else part for part in (value, half_width))
+    return str(Estimate(mean=value, ci=half_width))
 
 
 def by_combination(values: Values, split: str) -> tuple[Row, ...]:
@@ -105,8 +118,12 @@ def row(values: Values, label: str, members: Sequence[Member], metrics: Sequence
         taken = [values.of(member, metric) for member in counted]
         after = mean_over_seeds([value.after for value in taken])
         before = mean_over_seeds([value.before for value in taken]).value
-        cells.append(Cell(after=after, before=before, limit=against_limit(after, metric)))
+        cells.append(cell(values, metric, after, before))
     return Row(label=label, finished=len(counted), planned=len(members), cells=tuple(cells))
+
+
+def cell(values: Values, metric: Metric, after: Mean, before: float) -> Cell:
+    return Cell(after=after, before=before, limit=against_limit(after, metric), scale=values.scale[metric])
 
 
 def against_limit(mean: Mean, metric: Metric) -> str:
@@ -139,26 +156,37 @@ def by_factor(values: Values) -> tuple[FactorTables, ...]:
     tables = []
     for factor in factors:
         baseline, *others = sweep.factors[factor]
-        keys = [(factor, level, metric) for metric in values.headline for level in others]
         common = common_blocks(values, factor)
+        equal = tuple(
+            metric
+            for metric in values.headline
+            if (found := [differences[factor, level, metric] for level in others])
+            and any(one.num_pairs for one in found)
+            and all(one.higher == one.lower == 0 for one in found)
+        )
+        pairs = []
+        for metric in values.headline:
+            for level in others:
+                key = (factor, level, metric)
+                if metric not in equal and differences[key].num_pairs:
+                    pairs.append(
+                        PairedRow(
+                            level=sweep.say(factor, level),
+                            metric=metric,
+                            difference=differences[key],
+                            p_adjusted=adjusted[key],
+                            verdict=verdict(differences[key], adjusted[key], metric, num_tests[metric]),
+                            scale=values.scale[metric],
+                        )
+                    )
         tables.append(
             FactorTables(
                 factor=factor,
                 baseline=sweep.say(factor, baseline),
                 num_blocks=len(common),
                 levels=tuple(margin(values, factor, level, common) for level in sweep.factors[factor]),
-                pairs=tuple(
-                    PairedRow(
-                        level=sweep.say(factor, level),
-                        metric=metric,
-                        difference=differences[key],
-                        p_adjusted=adjusted[key],
-                        verdict=verdict(differences[key], adjusted[key], metric, num_tests[metric]),
-                    )
-                    for key in keys
-                    for _, level, metric in [key]
-                    if differences[key].num_pairs
-                ),
+                pairs=tuple(pairs),
+                equal=equal,
             )
         )
     return tuple(tables)
@@ -202,7 +230,7 @@ def margin(values: Values, factor: str, level: str, common: frozenset[Pair]) -> 
                 by_seed.setdefault(member.seed, []).append((value.before, value.after))
         after = mean_over_seeds([sum(after for _, after in runs) / len(runs) for runs in by_seed.values()])
         before = mean_over_seeds([sum(before for before, _ in runs) / len(runs) for runs in by_seed.values()]).value
-        cells.append(Cell(after=after, before=before, limit=against_limit(after, metric)))
+        cells.append(cell(values, metric, after, before))
     return Row(label=values.sweep.say(factor, level), finished=len(kept), planned=len(members), cells=tuple(cells))
 
 

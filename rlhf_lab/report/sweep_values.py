@@ -60,12 +60,14 @@ class Values:
     Fields:
         metrics: by split, in order of importance; the first split is the one that the page judges by.
         at_step: the evaluation at which runs are compared, or None where each is taken at its own last one.
+        scale: metric -> the largest size that it has in a compared run; 0 where it has none.
         ends: the last iteration of which a value was taken -> for how many of the compared runs.
     """
 
     sweep: SweepRuns
     metrics: Mapping[str, tuple[Metric, ...]]
     at_step: int | None
+    scale: Mapping[Metric, float]
     ends: Mapping[int, int]
     taken: Mapping[tuple[str, Metric], Value]
 
@@ -90,17 +92,16 @@ def read_values(sweep: SweepRuns) -> Values:
     for member in sweep.counted:
         if steps := up_to(looked_at(member, first), common):
             ends[steps[-1]] = ends.get(steps[-1], 0) + 1
+    every = [metric for of_split in metrics.values() for metric in of_split]
+    taken = {(member.place, metric): value_of(member, metric, common) for member in sweep.members for metric in every}
+    sizes = {metric: [abs(taken[member.place, metric].after) for member in sweep.counted] for metric in every}
     return Values(
         sweep=sweep,
         metrics=metrics,
         at_step=common,
+        scale={metric: max(filter(math.isfinite, found), default=0.0) for metric, found in sizes.items()},
         ends=dict(sorted(ends.items())),
-        taken={
-            (member.place, metric): value_of(member, metric, common)
-            for member in sweep.members
-            for of_split in metrics.values()
-            for metric in of_split
-        },
+        taken=taken,
     )
 
 

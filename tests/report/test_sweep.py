@@ -16,12 +16,13 @@ from PIL import Image
 from scipy import stats
 
 from rlhf_lab.report.canvas import DARK, LIGHT
+from rlhf_lab.report.comparison import Mean
 from rlhf_lab.report.summary import number
 from rlhf_lab.report.sweep import basis, build_sweep_report, findings, headline, render
 from rlhf_lab.report.sweep_figures import figures
 from rlhf_lab.report.sweep_plots import combinations, over_time
 from rlhf_lab.report.sweep_runs import read_sweep
-from rlhf_lab.report.sweep_tables import Row, by_combination, by_factor
+from rlhf_lab.report.sweep_tables import Row, by_combination, by_factor, spelled
 from rlhf_lab.report.sweep_values import Metric, Values, read_values
 from tests.report.sweeps import make_sweep, online, scorer
 from tests.report.test_report import ATTACK, BROWSER, Page
@@ -389,6 +390,30 @@ def test_a_run_from_before_a_factor_was_added_takes_it_from_what_was_typed(tmp_p
 def test_two_factors_whose_keys_end_alike_are_told_apart(tmp_path: Path):
     sweep = read_sweep(make_sweep(tmp_path / "s", {"learner.lr": ["1", "2"], "critic.lr": ["1", "2"]}))
     assert sweep.label(("1", "2")) == "learner.lr=1 · critic.lr=2"
+
+
+@pytest.mark.parametrize(
+    ("value", "half_width", "scale", "said"),
+    [
+        (0.002, 0.3, 1.0, "0.00 ± 0.30"),
+        (-0.002, 0.3, 1.0, "0.00 ± 0.30"),
+        (0.8, 0.001, 1.0, "0.80 ± 0.00"),
+        (0.003, 0.001, 1.0, "3.00e−03 ± 1.00e−03"),
+        (0.002, 0.003, 0.004, "2.00e−03 ± 3.00e−03"),
+        (0.002, math.nan, 1.0, "0.00"),
+    ],
+)
+def test_small_numbers_are_written_as_finely_as_they_matter(value: float, half_width: float, scale: float, said: str):
+    mean = Mean(value=value, half_width=half_width, num=3)
+    assert spelled(mean, scale).replace("\N{NO-BREAK SPACE}", " ") == said
+
+
+def test_metrics_that_differ_in_no_pair_are_named_once(whole: Path):
+    values = read(whole)
+    table = by_factor(values)[1]
+    assert {metric.key for metric in table.equal} == {"kl", "completions/mean_length"}
+    assert not {metric.key for metric in table.equal} & {pair.metric.key for pair in table.pairs}
+    assert "Equal in every pair: KL to the reference (nats), length (tokens)." in " ".join(render(values, []).split())
 
 
 def test_what_is_no_sweep_is_refused(tmp_path: Path):
