@@ -70,10 +70,11 @@ DISTURBANCES: dict[Callable[[Desk, str, Path], None], tuple[str, ...]] = {
 
 def edit_configuration(code: Path) -> None:
     """Make every run that would be composed from now on another one."""
-    for file in ("algorithm/ppo_lag.yaml", "learner/default.yaml", "sampling/default.yaml"):
+    for file in ("algorithm/ppo.yaml", "learner/default.yaml", "dual/log_ascent.yaml"):
         path = code / "conf" / file
-        path.write_text(path.read_text().replace("0.", "0.9"))
-    (code / "conf/dual/log_ascent.yaml").unlink()
+        before = path.read_text()
+        path.write_text(before.replace("0.", "0.9"))
+        assert path.read_text() != before
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +128,7 @@ def test_a_disturbed_run_ends_as_one_that_was_left_alone(
     assert differences(results(desk.run(what)), results(undisturbed)) == []
 
 
+@pytest.mark.slow
 def test_a_run_does_not_notice_that_the_controller_was_killed(desk: Desk, undisturbed: Path):
     desk = Desk(cluster=desk.cluster, code=ROOT, place=desk.place)
     desk.launch(*ON_CPU, *RUN, "name=orphan")

@@ -46,12 +46,13 @@ def undisturbed(desk: Desk) -> Path:
     return desk.run("four")
 
 
+@pytest.mark.slow
 def test_two_nodes_with_two_processes_each_do_what_four_on_one_node_do(desk: Desk, undisturbed: Path):
     desk.launch("debug=smoke", *RUN, "name=one_node")
     assert differences(results(undisturbed), results(desk.run("one_node"))) == []
 
 
-@pytest.mark.parametrize("rank", [-1, 0])
+@pytest.mark.parametrize("rank", [-1, pytest.param(0, marks=pytest.mark.slow)])
 def test_ranks_continue_together_after_one_of_them_was_killed(desk: Desk, undisturbed: Path, rank: int):
     name = f"killed{rank}"
     desk.launch(*FOUR, f"name={name}")
@@ -63,6 +64,7 @@ def test_ranks_continue_together_after_one_of_them_was_killed(desk: Desk, undist
     assert differences(results(desk.run(name)), results(undisturbed)) == []
 
 
+@pytest.mark.slow
 def test_ranks_that_are_warned_stop_together_and_continue(desk: Desk, undisturbed: Path):
     desk.launch(*FOUR, "name=four_warned")
     job = jobs_of(desk.run("four_warned") / "submission")["four_warned"]

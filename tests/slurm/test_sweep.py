@@ -72,6 +72,7 @@ def test_a_run_that_fails_is_failed_for_slurm_too_and_is_what_retry_starts(desk:
     assert status(root / "rloo-single-s1")["state"] == "finished"
 
 
+@pytest.mark.slow
 def test_cancel_ends_the_jobs_of_a_sweep_alone_and_retry_continues_them(desk: Desk):
     desk.launch("-m", *ON_CPU, *LONG, "seed=0,1", "sweep=given_up", "executor.at_once=1")
     desk.launch("-m", *ON_CPU, *LONG, "seed=0,1", "sweep=bystander")
