@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from rlhf_lab.console import SHOWN
 from rlhf_lab.engine.checkpoint import write_atomically
 
@@ -34,12 +36,16 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
+def _device_memory_mib() -> int:
+    return round(sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count()))) / 2**20)
+
+
 class Status:
     """The status of a run, as the process writes it that works on the run now.
 
     The file has: state; started and updated (local time); seconds, worked on it in all sittings; peak_memory_mib,
     process and host, of this one; sittings, how many processes have worked on it; progress; and error or reason, the
-    first line of why it failed or stopped.
+    first line of why it failed or stopped. On a GPU also peak_device_memory_mib, what torch held there at most.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -59,6 +65,7 @@ class Status:
             "updated": time.strftime("%F %T"),
             "seconds": round(self._earlier + time.monotonic() - self._begun, 1),
             "peak_memory_mib": round(kilobytes / 1024),
+            **({"peak_device_memory_mib": _device_memory_mib()} if torch.cuda.is_initialized() else {}),
             "process": os.getpid(),
             "host": socket.gethostname(),
             "sittings": self._sittings,
