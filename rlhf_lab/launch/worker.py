@@ -16,7 +16,18 @@ def main() -> None:
     die_with_parent()
     stopping.listen()
     root, digest = sys.argv[1:]
-    sys.exit(0 if outcome.is_settled() else outcome.settle(work(Path(root), digest)))
+    sys.exit(0 if outcome.is_settled() else outcome.settle(work_and_close(Path(root), digest)))
+
+
+def work_and_close(root: Path, digest: str) -> int:
+    """Do the plan; the page of the sweep too if nothing else of it is left to do."""
+    from rlhf_lab.engine import ranks
+    from rlhf_lab.launch.closing import close
+
+    code = work(root, digest)
+    if code != STOPPED and ranks.is_first() and (page := close(root)):
+        print(f"the sweep is over; its page: {page}", flush=True)
+    return code
 
 
 def work(root: Path, digest: str) -> int:
