@@ -95,28 +95,27 @@ def undisturbed(desk: Desk) -> Path:
 
 
 @pytest.fixture(scope="module")
-def disturbed(desk: Desk, undisturbed: Path) -> Iterator[dict[str, Future[str]]]:
-    """By what happens to it: a run, whose job is known when it is over."""
-    names = [happens.__name__ for happens in DISTURBANCES]
-    with ThreadPoolExecutor(len(DISTURBANCES)) as at_once:
-        settings = DISTURBANCES.values()
+def disturbed(request: pytest.FixtureRequest, desk: Desk, undisturbed: Path) -> Iterator[dict[str, Future[str]]]:
+    """By what happens to it: a run, whose job is known when it is over; of those that are tested."""
+    tested = {item.name for item in request.session.items}
+    happenings = {one.__name__: one for one in DISTURBANCES if any(f"[{one.__name__}]" in name for name in tested)}
+    with ThreadPoolExecutor(len(happenings)) as at_once:
         submissions = [
-            at_once.submit(desk.launch, *ON_CPU, *RUN, *more, f"name={name}")
-            for name, more in zip(names, settings, strict=True)
+            at_once.submit(desk.launch, *ON_CPU, *RUN, *DISTURBANCES[one], f"name={name}")
+            for name, one in happenings.items()
         ]
         for submission in submissions:
             submission.result()
         edit_configuration(desk.code)
-        jobs = {name: jobs_of(desk.run(name) / "submission")[name] for name in names}
+        jobs = {name: jobs_of(desk.run(name) / "submission")[name] for name in happenings}
 
-        def disturb(happens: Callable[[Desk, str, Path], None]) -> str:
-            name = happens.__name__
+        def disturb(name: str) -> str:
             desk.wait_until(lambda: steps(desk.run(name)) >= LATER, jobs[name])
-            happens(desk, jobs[name], desk.run(name))
+            happenings[name](desk, jobs[name], desk.run(name))
             desk.wait_for(jobs[name])
             return jobs[name]
 
-        yield {happens.__name__: at_once.submit(disturb, happens) for happens in DISTURBANCES}
+        yield {name: at_once.submit(disturb, name) for name in happenings}
 
 
 @pytest.mark.parametrize("what", [happens.__name__ for happens in DISTURBANCES])
