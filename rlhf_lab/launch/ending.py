@@ -65,8 +65,11 @@ def _scancel(ids: Sequence[str]) -> None:
 
 
 def _needed_elsewhere(sweep: Sweep, artifacts: Sequence[Standing], wish: Asked) -> dict[str, str]:
-    """Plan of an artifact that is being built -> another sweep that waits for it."""
-    building = {one.directory: one.plan for one in artifacts if one.live}
+    """Plan of an artifact that a job of its own is building -> another sweep whose jobs wait for that job.
+
+    A pool is one process; what it leaves unfinished, the pool of the other sweep takes up.
+    """
+    building = {one.directory: one.plan for one in artifacts if one.live and one.job.get("executor") == "slurm"}
     needed: dict[str, str] = {}
     others = (
         [find(name, wish.sweeps_dir, wish.runs_dir) for name in names(wish.sweeps_dir, wish.runs_dir)]
