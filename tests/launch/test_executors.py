@@ -377,7 +377,7 @@ def test_an_artifact_that_fails_fails_what_needs_it_and_nothing_else(command_lin
     refused = tmp_path / "runs" / "tiny_help" / "a0" / "sft"
     refused.mkdir(parents=True)
     (refused / "config.yaml").write_text("{seed: 7}")  # somebody's else
-    typed = ("-m", "debug=smoke", "algorithm=sft,rloo", "reward=single", "executor=pool")
+    typed = ("-m", "debug=smoke", "algorithm=sft,rloo", "executor=pool")
     said = command_line(*typed, f"runs_dir={tmp_path / 'runs'}", f"sweeps_dir={tmp_path / 'sweeps'}", timeout=300)
     assert said.returncode == 0, said.stderr
     sweep = only_sweep(tmp_path / "sweeps")

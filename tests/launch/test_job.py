@@ -235,3 +235,45 @@ def test_a_pool_starts_what_waits_for_nothing(tmp_path):
     assert ready([sft, model, run, other], []) == [sft, other]
     assert ready([model, run, other], [sft]) == [other]
     assert ready([run], []) == [run]
+
+
+POOL = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from rlhf_lab.launch import pool
+from tests.launch.test_job import scripted
+root = Path(sys.argv[1])
+(root / "log").mkdir()
+script = '''
+import time
+open("begun", "w").write(f"{time.monotonic()} {os.environ.get('CUDA_VISIBLE_DEVICES')}")
+time.sleep(0.7)
+open("ended", "w").write(str(time.monotonic()))
+os._exit(int(os.path.basename(os.getcwd()) == "2"))
+'''
+pool.Task.read = lambda root, digest: replace(scripted(root / digest, script), digest=digest)
+devices = tuple(sys.argv[2].split(",")) if sys.argv[2] else (None,)
+pool.PoolJob(root=str(root), digests=tuple("01234"), at_once=2, devices=devices, restarts=0)()
+"""
+
+
+@pytest.mark.parametrize(("devices", "seen"), [("", {"None"}), ("3,5", {"3", "5"}), ("3", {"3"})])
+def test_a_pool_does_two_at_a_time_on_the_devices_that_it_has_and_goes_on_after_a_failure(tmp_path, devices, seen):
+    done = subprocess.run(
+        [sys.executable, "-c", POOL, str(tmp_path), devices],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""},  # as submitit leaves it
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "1 of 5 runs and artifacts did not finish" in done.stderr
+    begun = [(tmp_path / name / "begun").read_text().split() for name in "01234"]
+    times = [(float(start), float((tmp_path / str(i) / "ended").read_text())) for i, (start, _) in enumerate(begun)]
+    assert max(sum(start <= at < end for start, end in times) for at, _ in times) == 2
+    assert {device for _, device in begun} == seen
+    if len(seen) == 2:  # who runs together has different ones
+        first, second = sorted(zip(times, begun, strict=True))[:2]
+        assert first[1][1] != second[1][1]
