@@ -177,9 +177,7 @@ class Run:
 
     @property
     def _has_begun(self) -> bool:
-        """Whether anything was measured or made."""
-        made = {path.name for path in self.directory.iterdir() if path.is_dir() or path.stat().st_size}
-        return not made <= PREAMBLE
+        return has_begun(self.directory)
 
     @property
     def name(self) -> str:
@@ -403,6 +401,12 @@ def sweep_up(directory: Path) -> None:
     """Remove the leftovers."""
     for left in leftovers(directory):
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def has_begun(directory: Path) -> bool:
+    """Whether anything was measured or made in `directory`."""
+    made = {path.name for path in directory.iterdir() if path.is_dir() or path.stat().st_size}
+    return not made <= PREAMBLE
 
 
 def is_finished(directory: Path) -> bool:

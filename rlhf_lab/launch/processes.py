@@ -4,6 +4,7 @@ They are started by torch's elastic agent, one of which is on every node of the 
 one of them is killed all are started again, and continue from the checkpoint that they have in common.
 """
 
+import logging
 import math
 import os
 import signal
@@ -151,6 +152,10 @@ def run(task: Task) -> int:
     os.environ[outcome.FILE] = str(ending)
     # a store for each start: in a common one, ranks would look for each other where those before them had been
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    # a rank that failed by itself has said so; of one that was killed, only elastic can tell
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(
+        lambda record: "exitcode: -" in record.getMessage()
+    )
     failures = cast("RunResult", agent.run()).failures  # its decorator hides its type
     agent.get_worker_group().spec.rdzv_handler.shutdown()
     for rank, failure in sorted(failures.items()):

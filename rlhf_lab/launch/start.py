@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,9 +17,10 @@ from rlhf_lab.environment import code_state
 from rlhf_lab.launch.compose import Plan, plan_run
 from rlhf_lab.launch.execute import RunFailed, execute, preflight
 from rlhf_lab.launch.executors import Here
-from rlhf_lab.launch.job import STOPPED, Task
+from rlhf_lab.launch.job import REFUSED, STOPPED, Task
 from rlhf_lab.launch.multirun import Launching, check_points, launching_of, plan_points
 from rlhf_lab.launch.sweep import SUBMISSION, Sweep, freeze
+from rlhf_lab.run import has_begun
 from rlhf_lab.types import Metrics
 
 
@@ -44,7 +46,10 @@ def start_run(config: DictConfig, overrides: Sequence[str], choices: Mapping[str
         return _returned(execute(plan), config.returns, plan)
     preflight(plan)
     if isinstance(executor, Here):
+        is_new = not plan.directory.exists()
         if code := _share(_freeze(plan.directory / SUBMISSION, [plan], how), plan):
+            if code == REFUSED and is_new and not has_begun(plan.directory):
+                shutil.rmtree(plan.directory)  # so that the mended command finds its name free
             sys.exit(code)
         return _returned({}, config.returns, plan)
     if config.returns is not None:

@@ -157,6 +157,7 @@ def test_a_run_that_fails_is_not_tried_again_and_says_why_once(alone, runs):
     said, _ = run.communicate(timeout=500)
     assert run.returncode == FAILED, said
     assert said.count("error: ") == 1
+    assert "elastic" not in said
     assert "not finite" in said
     assert status(runs / "failing")["state"] == "failed"
     assert status(runs / "failing")["sittings"] == 1
@@ -171,6 +172,7 @@ def test_what_only_the_data_show_is_refused_once(alone, runs):
     said, _ = run.communicate(timeout=500)
     assert run.returncode == REFUSED, said
     assert said.count("error: ") == 1
+    assert not (runs / "refused").exists(), "the mended command finds its name free"
 
 
 @pytest.mark.slow
