@@ -65,7 +65,8 @@ def _takes(one: Outlook, notes: _Notes) -> list[str]:
         return ["?", floor, ""]
     wide = one.estimate.most - one.estimate.least > 0.1 * one.estimate.seconds
     spread = f" ({duration(one.estimate.least)} to {duration(one.estimate.most)})" if wide else ""
-    held = memory(one.estimate.memory_mib)
+    # a trial reads less data: the whole run held up to a fifth more main memory
+    held = f"{'≥ ' * (one.estimate.trust == 'calibrated')}{memory(one.estimate.memory_mib)}"
     if one.estimate.device_memory_mib:
         held += f", on the device {memory(one.estimate.device_memory_mib)}"
     elif one.plan.config["stage"]["hardware"]["device"] != "cpu":
