@@ -158,12 +158,16 @@ def _freeze_plan(root: Path, plan: Plan, digests: dict[Path, str]) -> str:
 
 
 def factors(points: Sequence[Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    """What varies between the points of a sweep: key -> its values as typed, in order of appearance."""
+    """What varies between the points of a sweep: key -> its values as typed, in order of appearance.
+
+    What only some of them set varies too, as between the runs that a sweep had and those that were added to it.
+    """
     values: dict[str, dict[str, None]] = {}
     for point in points:
         for override in point:
             values.setdefault(key_of(override), {})[override.partition("=")[2]] = None
-    return {key: tuple(typed) for key, typed in values.items() if len(typed) > 1}
+    everywhere = set.intersection(*({key_of(override) for override in point} for point in points))
+    return {key: tuple(typed) for key, typed in values.items() if len(typed) > 1 or key not in everywhere}
 
 
 def freeze(
@@ -185,7 +189,8 @@ def freeze(
                 f"{' '.join(plan.overrides)}; vary what belongs to a run, and leave name= away (sweep= names the sweep)"
             )
         _refuse_another(plan)
-    before = Sweep.read(root) if (root / "sweep.json").exists() else None
+    # absolute, as the new runs' directories are: by these the same run is known
+    before = Sweep.read(root.absolute()) if (root / "sweep.json").exists() else None
     digests: dict[Path, str] = {}
     varying = factors([plan.overrides for plan in plans])
     runs = {

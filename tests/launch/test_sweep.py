@@ -10,6 +10,7 @@ import yaml
 
 from rlhf_lab.launch.compose import Plan
 from rlhf_lab.launch.sweep import SUBMISSION, Sweep, find, freeze, jobs, names, record_job
+from rlhf_lab.report.sweep_runs import ABSENT, read_sweep
 from rlhf_lab.run import RunRefused
 
 GIT = {"sha": "abc", "dirty": True, "diff": "+ a line"}
@@ -88,6 +89,24 @@ def test_freezing_again_adds_runs_and_refuses_others_of_the_same_name(tmp_path: 
     assert sweep.factors == {"seed": ("0", "1")}
     with pytest.raises(RunRefused, match=r"another configuration .seed: 0 -> 5.*sweep="):
         frozen(root, replace(first, config=first.config | {"seed": 5}))
+
+
+def test_a_sweep_that_is_typed_again_holds_each_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    plans = study(Path("sweeps/mine"))  # relative, as the command line names it
+    once = frozen(Path("sweeps/mine"), *plans)
+    assert frozen(Path("sweeps/mine"), *plans) == once
+    assert len(Sweep.read(Path("sweeps/mine")).runs) == 4
+
+
+def test_what_only_the_runs_that_were_added_say_varies_too(tmp_path: Path):
+    root = tmp_path / "sweep"
+    frozen(root, *[plan(root / f"default-s{seed}", f"seed={seed}") for seed in (0, 1)])
+    added = [plan(root / f"rloo-s{seed}", "algorithm=rloo", f"seed={seed}") for seed in (0, 1)]
+    sweep = frozen(root, *added)
+    assert sweep.factors == {"seed": ("0", "1"), "algorithm": ("rloo",)}
+    members = read_sweep(root).members
+    assert [member.factors["algorithm"] for member in members] == [ABSENT, ABSENT, "rloo", "rloo"]
 
 
 def test_a_moved_sweep_finds_its_runs(tmp_path: Path):
