@@ -20,6 +20,7 @@ import torch
 from rlhf_lab.console import Console
 from rlhf_lab.launch.check import locate
 from rlhf_lab.launch.compose import Plan
+from rlhf_lab.launch.job import die_with_parent
 
 STEPS = (3,)  # or batches, or shards: one that warms up, one that is timed, one that is followed by an evaluation
 OF_REFERENCE = (2, 2, 5)  # where all data are read before the first step; the first trial warms up
@@ -175,6 +176,7 @@ def _timed(plan: Plan, stage: dict[str, Any], directory: Path) -> _Taken:
 
 def main() -> None:
     """`python -m rlhf_lab.launch.trial <directory>`: measure the plan.json there, write trial.json beside it."""
+    die_with_parent()
     directory = Path(sys.argv[1])
     config = json.loads((directory / "plan.json").read_text())
     trial = measure(Plan(directory=directory, config=config, overrides=(), num_processes=1))
