@@ -150,7 +150,10 @@ def test_sbatch_is_told_every_setting(tmp_path):
         "+executor.extra.exclude=node7",
         "+executor.extra.mail-type=FAIL",
     )
-    told = options(sbatch_text(tmp_path, settings, after=("41", "42_1")))
+    text = sbatch_text(tmp_path, settings, after=("41", "42_1"))
+    (step,) = (shlex.split(line) for line in text.splitlines() if line.startswith("srun"))
+    assert "--cpus-per-task=3" in step  # which a step no longer takes over from its job
+    told = options(text)
     assert (
         told.items()
         >= {
