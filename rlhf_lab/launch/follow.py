@@ -11,6 +11,7 @@ from rich.table import Table
 
 from rlhf_lab.launch.asking import Asked
 from rlhf_lab.launch.check import near
+from rlhf_lab.launch.closing import close
 from rlhf_lab.launch.ending import cancel, stop
 from rlhf_lab.launch.executors import Here, Pool, Slurm, revive
 from rlhf_lab.launch.standing import TO_RETRY, Standing, standings, totals
@@ -49,6 +50,7 @@ def status(wish: Asked) -> int:
         else:
             sweep = wish.sweep()
             artifacts, runs = standings(sweep)
+            close(sweep.root)  # a sweep whose last run could not begin has nobody else who draws its page
             _show(sweep, artifacts, runs, out)
             live = any(one.live for one in runs)
         if not (watch and live):
