@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -264,7 +265,7 @@ def read_metrics(path: Path) -> Mapping[int, Mapping[str, float]]:
         if "step" not in line:
             raise ValueError(f"{path} has a line without a step: {sorted(line)[:5]}; every line needs one")
         numbers = {
-            key: as_float(value)
+            sys.intern(key): as_float(value)  # two hundred runs' names, once
             for key, value in line.items()
             if value is None or is_number(value) or value in NOT_FINITE
         }
