@@ -138,6 +138,9 @@ def _reached(config: DictConfig) -> dict[str, set[str]]:
     assert isinstance(raw, dict)
     reached: dict[str, set[str]] = {str(key): set() for key, value in raw.items() if not isinstance(value, dict)}
     waiting = [("stage", ""), ("tracker", ""), ("shrink", ""), ("executor", "")]
+    for key, _ in waiting:
+        if not isinstance(raw.get(key), dict):
+            raise ValueError(f"every run reads {key}, which is not there; choose one with {key}=<option>")
     done: set[tuple[str, str]] = set()
     while waiting:
         key, entry = place = waiting.pop()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -44,13 +45,23 @@ class ImpossiblePoints(ValueError):
 
 
 def points(arguments: Sequence[str]) -> list[list[str]]:
-    """The overrides of every point of a sweep, in the order of the product: the last key varies fastest."""
-    parser = OverridesParser.create()
+    """The overrides of every point of a sweep, in the order of the product: the last key varies fastest.
+
+    Raises:
+        ValueError: a key is swept over nothing, or over an interval, which has no list of values.
+    """
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())  # which a glob asks
     choices: list[list[str]] = []
     for override in parser.parse_overrides(list(arguments)):
-        key = override.get_key_element()
-        values = override.sweep_string_iterator() if override.is_sweep_override() else None
-        choices.append([override.input_line or ""] if values is None else [f"{key}={value}" for value in values])
+        key, typed = override.get_key_element(), override.input_line or ""
+        if not override.is_sweep_override():
+            choices.append([typed])
+            continue
+        if not override.is_discrete_sweep():
+            raise ValueError(f"{typed}: an interval has no list of values; use choice() or range(), or hydra/sweeper=")
+        choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        if not choices[-1]:
+            raise ValueError(f"{typed}: there is no such value of {key}, so that the sweep would have no runs")
     return [list(point) for point in itertools.product(*choices)]
 
 
@@ -62,8 +73,7 @@ def plan_points(arguments: Sequence[str]) -> tuple[list[Plan], Launching]:
     """
     typed = list(arguments)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        fixed = [point for point in typed if not _is_sweep(point)]
-        swept = _study_parameters(compose("config", overrides=fixed, return_hydra_config=True))
+        swept = _study_parameters(typed)
         typed = [*(f"{key}={values}" for key, values in swept.items() if key not in map(key_of, typed)), *typed]
         every = points(typed)
         plans: list[Plan] = []
@@ -113,8 +123,23 @@ def _is_sweep(argument: str) -> bool:
     return any(override.is_sweep_override() for override in OverridesParser.create().parse_overrides([argument]))
 
 
-def _study_parameters(config: DictConfig) -> dict[str, str]:
-    """What a configuration file sweeps over, `hydra.sweeper.params`."""
+def _study_parameters(typed: Sequence[str]) -> dict[str, str]:
+    """What a configuration file sweeps over, `hydra.sweeper.params`.
+
+    Read of the first point: what is the same in all of them need not fit the default of what is swept.
+
+    Raises:
+        HydraException, OmegaConfBaseException: what is the same in all points cannot be composed, whatever is swept.
+    """
+    try:
+        config = compose("config", overrides=points(typed)[0], return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        try:
+            compose("config", overrides=[argument for argument in typed if not _is_sweep(argument)])
+        except (HydraException, OmegaConfBaseException) as common:
+            if str(common) == str(error):  # said once and not for every point
+                raise
+        return {}
     params = OmegaConf.select(config, "hydra.sweeper.params")
     return {} if params is None else {str(key): str(values) for key, values in params.items()}
 

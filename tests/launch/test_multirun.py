@@ -4,8 +4,9 @@ import itertools
 from pathlib import Path
 
 import pytest
+from hydra.errors import HydraException
 
-from rlhf_lab.launch.compose import register_resolvers
+from rlhf_lab.launch.compose import ROOT, register_resolvers
 from rlhf_lab.launch.main import is_sweep
 from rlhf_lab.launch.multirun import ImpossiblePoints, check_points, plan_points, sweep_name
 
@@ -32,6 +33,36 @@ def test_a_point_is_what_the_same_words_without_a_sweep_are(untouched: Path, pla
     alone = plan_of("algorithm=rloo", "algorithm.kl_coef=0.1", "reward=single", *places(untouched))
     assert plans[2].config == alone.config
     assert [need.directory for need in plans[2].needs] == [need.directory for need in alone.needs]
+
+
+def test_what_is_common_need_only_fit_what_is_swept(untouched: Path):
+    typed = ["algorithm=dpo,simpo", "algorithm.beta=0.1", *places(untouched)]  # ppo_lag, the default, has no beta
+    plans, _ = plan_points(typed)
+    assert [plan.config["algorithm"]["beta"] for plan in plans] == [0.1, 0.1]
+
+
+def test_a_glob_is_every_option_that_it_matches(untouched: Path):
+    plans, _ = plan_points(["algorithm=glob(dpo_*)", *places(untouched)])
+    options = sorted(file.stem for file in (ROOT / "conf/algorithm").glob("dpo_*.yaml"))
+    assert [plan.overrides[0] for plan in plans] == [f"algorithm={option}" for option in options]
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("algorithm=glob(nothing*)", "there is no such value of algorithm"),
+        ("learner.lr=interval(0,1)", "an interval has no list of values"),
+        ("~tracker", "every run reads tracker"),
+    ],
+)
+def test_what_makes_no_points_is_refused(typed: str, said: str, untouched: Path):
+    with pytest.raises(ValueError, match=said):
+        plan_points(["reward=single", typed, *places(untouched)])
+
+
+def test_a_mistake_that_all_points_share_is_said_once(untouched: Path):
+    with pytest.raises(HydraException, match="nonsense"):
+        plan_points(["algorithm=ppo,rloo", "nonsense=1", *places(untouched)])
 
 
 def test_a_comma_within_a_list_is_not_a_sweep(untouched: Path):
