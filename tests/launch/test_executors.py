@@ -319,6 +319,7 @@ from pathlib import Path
 from rlhf_lab.launch import claims
 from tests.launch.test_executors import artifact
 root = Path(sys.argv[1])
+(root / "arrives").touch()
 with claims.claiming([artifact(root, "one")]):
     (root / "claims").touch()
     sys.stdin.readline()
@@ -331,8 +332,10 @@ def test_two_sweeps_do_not_claim_an_artifact_at_the_same_time(tmp_path):
     first = subprocess.Popen(started, stdin=subprocess.PIPE, env=environment, cwd=ROOT)
     eventually((tmp_path / "claims").exists)
     (tmp_path / "claims").unlink()
+    (tmp_path / "arrives").unlink()
     second = subprocess.Popen(started, stdin=subprocess.PIPE, env=environment, cwd=ROOT)
-    time.sleep(5)
+    eventually((tmp_path / "arrives").exists)
+    time.sleep(1)
     assert not (tmp_path / "claims").exists()
     first.kill()  # a launcher that dies leaves no lock
     eventually((tmp_path / "claims").exists)
