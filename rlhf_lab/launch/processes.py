@@ -130,12 +130,18 @@ def supervised(task: Task) -> int:
 
 
 def pass_on(agent: "LocalElasticAgent") -> None:
-    """Hand requests to stop to the ranks, for ever; in them they wait until the rank listens."""
+    """Hand requests to stop to the ranks, for ever; in them they wait until the rank listens.
+
+    Each rank is asked once: a second request could find it at its end, where nothing listens any more.
+    """
+    asked: set[int] = set()
     while True:
         signal.sigwait(REQUESTS)
-        for worker in agent.get_worker_group().workers:
-            with suppress(ProcessLookupError, TypeError):  # it has ended, or has not been started
-                os.kill(worker.id, signal.SIGUSR2)
+        started = {worker.id for worker in agent.get_worker_group().workers if worker.id}
+        for rank in started - asked:
+            with suppress(ProcessLookupError):  # it has ended
+                os.kill(rank, signal.SIGUSR2)
+        asked |= started
 
 
 def run(task: Task) -> int:

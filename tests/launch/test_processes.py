@@ -143,6 +143,7 @@ def test_a_request_to_stop_reaches_all_and_the_same_command_continues(alone, run
     assert run.returncode == STOPPED, said
     assert status(runs / "stopped")["state"] == "stopped"
     assert said.count("asked by SIGUSR2") == 1
+    assert "exitcode" not in said
     run = started(*arguments)
     said, _ = run.communicate(timeout=500)
     assert run.returncode == FINISHED, said
