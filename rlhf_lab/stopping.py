@@ -25,6 +25,12 @@ def listen() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a rank is started with them held back until here
 
 
+def ignore() -> None:
+    """From now on they are not even noted: for the end of a process, where Python would let them kill it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def requested() -> str | None:
     """What asked this process to stop (the first signal's name), or None."""
     return _asked[0] if _asked else None

@@ -42,6 +42,26 @@ def test_the_first_of_two_signals_is_the_reason():
     assert answer.stdout.splitlines() == ["listening", "SIGUSR2", "None"]
 
 
+@pytest.mark.parametrize("name", ["SIGUSR2", "SIGTERM"])
+def test_a_process_that_is_about_to_end_is_not_killed_by_a_repeated_request(name):
+    code = """
+import os, time
+from rlhf_lab import stopping
+class Last:  # deleted when Python has taken its handlers back
+    def __del__(self, write=os.write, sleep=time.sleep):
+        write(1, b"ending\\n")
+        sleep(1)
+last = Last()
+stopping.listen()
+stopping.ignore()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ending\n"
+        process.send_signal(signal.Signals[name])
+    assert process.returncode == 0
+
+
 def test_no_handler_of_failures_swallows_a_request():
     def careless() -> None:
         try:

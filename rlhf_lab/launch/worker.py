@@ -16,7 +16,9 @@ def main() -> None:
     die_with_parent()
     stopping.listen()
     root, digest = sys.argv[1:]
-    sys.exit(0 if outcome.is_settled() else outcome.settle(work_and_close(Path(root), digest)))
+    code = 0 if outcome.is_settled() else outcome.settle(work_and_close(Path(root), digest))
+    stopping.ignore()  # whoever asks does so until this process has ended
+    sys.exit(code)
 
 
 def work_and_close(root: Path, digest: str) -> int:
