@@ -235,12 +235,11 @@ class GaussianAggregate(Protocol):
 
 
 class Tracker(Protocol):
-    """A mirror of the metrics outside the run directory."""
+    """A mirror of the metrics outside the run directory.
+
+    A run that is continued logs all steps again that it has kept, before it goes on.
+    """
 
     def start(self, directory: Path, config: dict[str, Any]) -> None: ...
-    def take_back(self, logged: int) -> None:
-        """The run goes back behind the step `logged`, the last that was passed to `log`; later ones come again."""
-        ...
-
     def log(self, step: int, metrics: Metrics) -> None: ...
     def finish(self, state: Literal["finished", "stopped", "failed"]) -> None: ...

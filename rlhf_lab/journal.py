@@ -27,13 +27,8 @@ class Journal:
         self._warned.append(json.dumps({"step": step, "message": message}))
         append_line(self.directory / WARNINGS, self._warned[-1])
 
-    def last_step(self) -> int:
-        """The last step that was logged, taken back or not; -1 if there is none."""
-        steps = map(_step_of, self._lines(METRICS))
-        return max((int(step) for step in steps if math.isfinite(step)), default=-1)
-
-    def take_back(self, step: int) -> Metrics:
-        """Drop what is said of later steps, since they will be done again; returns the last metrics that are left."""
+    def take_back(self, step: int) -> list[tuple[int, Metrics]]:
+        """Drop what is said of later steps, since they will be done again; returns (step, metrics) of those kept."""
         metrics = [line for line in self._lines(METRICS) if _step_of(line) <= step]
         # what was said of the data just now, before resuming, stays, and stands there once
         older = [line for line in self._lines(WARNINGS) if _step_of(line) <= step and line not in self._warned]
@@ -44,7 +39,8 @@ class Journal:
         for table in (self.directory / "samples").glob("step_*.jsonl"):
             if int(table.stem.removeprefix("step_")) > step:
                 table.unlink()
-        return {k: float(value) for k, value in json.loads(metrics[-1]).items() if k != "step"} if metrics else {}
+        rows = [json.loads(line) for line in metrics]
+        return [(row["step"], {key: float(row[key]) for key in row if key != "step"}) for row in rows]
 
     def _lines(self, name: str) -> list[str]:
         path = self.directory / name

@@ -355,10 +355,11 @@ class Run:
 
         def choose() -> tuple[int | None, Metrics]:
             step = self._load_newest(found)
-            self.tracker.take_back(self._journal.last_step())
-            last = self._journal.take_back(-1 if step is None else step)
+            kept = self._journal.take_back(-1 if step is None else step)
+            for logged, metrics in kept:
+                self.tracker.log(logged, metrics)
             self._note_sitting(step)
-            return step, last
+            return step, kept[-1][1] if kept else {}
 
         step, self.last = _first_decides(choose)
         if step is None:

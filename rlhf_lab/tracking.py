@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,6 @@ class NoTracker:
     """Metrics stay in the run directory."""
 
     def start(self, directory: Path, config: dict[str, Any]) -> None: ...
-    def take_back(self, logged: int) -> None: ...
     def log(self, step: int, metrics: Metrics) -> None: ...
     def finish(self, state: End) -> None: ...
 
@@ -27,8 +27,9 @@ class WandbTracker:
     The key comes from the environment (WANDB_API_KEY) and is needed in the mode "online" only; the configuration that
     is sent holds no secrets, since none is ever part of it.
 
-    Steps that are done again after a resume were sent before, with the same numbers, and are not sent twice. What W&B
-    had not yet written when its own process was killed too is therefore missing there; metrics.jsonl has it.
+    W&B holds back what it was told last, so a kill may lose steps there; and it cannot take steps back. So a run that
+    is continued tells it every step again: offline in a folder that replaces those of earlier sittings, online to a
+    server that ignores the steps that it knows.
     """
 
     def __init__(self, project: str, mode: Literal["offline", "online"]) -> None:
@@ -47,17 +48,15 @@ class WandbTracker:
             raise ValueError("tracker=wandb needs the package wandb: pip install -e '.[wandb]'") from error
         if self.mode == "online" and not os.environ.get("WANDB_API_KEY"):
             raise ValueError("tracker.mode=online needs WANDB_API_KEY in the environment; or use tracker.mode=offline")
-        self._kept = directory / "tracker.json"
-        known: dict[str, Any] = (
-            json.loads(self._kept.read_text()) if self._kept.exists() else {"id": secrets.token_hex(4)}
-        )
-        self._id: str = known["id"]
-        self._sent: int = known.get("sent", -1)  # steps up to this one are known to W&B
-        self._remember()
+        kept = directory / "tracker.json"
+        known = json.loads(kept.read_text())["id"] if kept.exists() else secrets.token_hex(4)
+        write_atomically(kept, json.dumps({"id": known}))
+        for earlier in directory.glob(f"wandb/offline-run-*-{known}"):
+            shutil.rmtree(earlier)
         self._run = wandb.init(
             project=self.project,
             name=config["name"],
-            id=self._id,
+            id=known,
             resume="allow",
             mode=self.mode,
             dir=str(directory),
@@ -66,18 +65,8 @@ class WandbTracker:
         )
         self._run.define_metric("*", step_metric="episode")
 
-    def _remember(self) -> None:
-        write_atomically(self._kept, json.dumps({"id": self._id, "sent": self._sent}))
-
-    def take_back(self, logged: int) -> None:
-        """From now on steps up to `logged` are known already."""
-        if logged > self._sent:
-            self._sent = logged
-            self._remember()
-
     def log(self, step: int, metrics: Metrics) -> None:
-        if step > self._sent:
-            self._run.log(dict(metrics), step=step)
+        self._run.log(dict(metrics), step=step)
 
     def finish(self, state: End) -> None:
         """Close the W&B run; one that will be continued as preempted, one that failed as failed."""
