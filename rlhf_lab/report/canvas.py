@@ -209,7 +209,7 @@ def draw_curve(axes: Axes, curve: Curve, colour: str) -> None:
             )  # fmt: skip
         case "band":
             half_widths = np.zeros_like(y) if curve.ci is None else np.nan_to_num(curve.ci)
-            axes.fill_between(x, y - half_widths, y + half_widths, color=colour, alpha=0.16, linewidth=0)
+            axes.fill_between(x, y - half_widths, y + half_widths, color=colour, alpha=0.1, linewidth=0)
             axes.plot(x, y, color=colour, linewidth=1.8, label=label, marker=curve.marker if len(y) < 12 else None,
                 markersize=4)  # fmt: skip
         case "thread":

@@ -83,7 +83,8 @@ def over_time(sweep: SweepRuns, groups: Groups, metric: Metric) -> list[Panel]:
 
 
 def title_of(metric: Metric) -> str:
-    return metric.label[:1].upper() + metric.label[1:]
+    first = metric.label[:1]
+    return (first if first == "λ" else first.upper()) + metric.label[1:]
 
 
 def mean_curve(
@@ -151,7 +152,8 @@ def trained_metrics(sweep: SweepRuns) -> list[Metric]:
 def spoken(name: str) -> str:
     head, _, rest = name.partition("/")
     if head == "cost":
-        return f"cost {rest.removesuffix('/mean')}, as modelled"
+        name = rest.removesuffix("/mean")
+        return "cost, as modelled" if name == "cost" else f"cost {name}, as modelled"
     return f"λ of {rest.removesuffix('/lambda')}" if head == "lagrange" else name
 
 

@@ -191,6 +191,15 @@ def test_curves_are_means_over_seeds_at_the_evaluations_that_all_have(whole: Pat
     assert sum(curve.kind == "thread" for curve in panel.curves) == 12
 
 
+def test_a_curve_ends_where_its_shortest_seed_does(tmp_path: Path):
+    def unequal(point: Mapping[str, str], noise: np.random.Generator) -> list[dict[str, float]]:
+        return online(point, noise, num_steps=20 if point["seed"] == "0" else 10)
+
+    values = read(make_sweep(tmp_path / "sweep", SEEDS_ONLY, metrics=unequal))
+    [panel] = over_time(values.sweep, combinations(values.sweep), values.headline[0])
+    assert panel.curves[-1].x.tolist() == [0.0, 320.0, 640.0]
+
+
 def test_a_limit_is_drawn_and_every_method_is_held_against_it(whole: Path):
     values = read(whole)
     cost = values.headline[metric(values, "gold/cost")]
