@@ -36,21 +36,27 @@ class RunFailed(RuntimeError):
     """A run that had begun and stopped for another reason than a person's mistake; says where to read more."""
 
 
-def preflight(plan: Plan) -> None:
+def preflight(plan: Plan, sound: set[Path] | None = None) -> None:
     """Refuse what cannot work, of the run and of every artifact that it would build; loads no weights.
+
+    Args:
+        sound: artifacts that were looked at for other runs of a sweep and not refused; those of this run are added.
 
     Raises:
         BadConfig, ValueError: naming the key or path, what was found and what to do.
     """
     needs = list(in_order(plan))
     promised = {str(needed.output) for needed in needs}
-    for one in (plan, *needs):
+    known = set() if sound is None else sound
+    new = [needed for needed in needs if needed.directory not in known]
+    for one in (plan, *new):
         if one.config["artifacts"] not in ("build", "refuse"):
             raise BadConfig(f"artifacts={one.config['artifacts']!r}: must be 'build' or 'refuse'")
         if not is_finished(one.directory):
             instantiate(one.config["stage"], _convert_="all").check(promised)
-    for needed in needs:
+    for needed in new:
         _check_artifact(needed, plan.config["artifacts"])
+    known |= {needed.directory for needed in new}
 
 
 def _check_artifact(plan: Plan, policy: str) -> None:
@@ -120,12 +126,27 @@ def _heed(directory: Path) -> None:
         raise Stopped(f"{directory} was not begun: asked to stop; the same command continues")
 
 
+def build(plan: Plan) -> None:
+    """Do an artifact's plan, unless another process, of whatever sweep, is at it; that one is waited for."""
+    console = Console()
+    _prepare(plan, console)
+    with _building(plan.directory, console):
+        if not ranks.broadcast(is_finished(plan.directory)):
+            carry_out(plan, console)
+
+
 def execute(plan: Plan) -> Metrics:
     """Build what the plan needs, then run it; a finished run is said to be finished and left alone.
 
     Returns the run's last metrics, {} if it was finished already.
     """
     console = Console()
+    _prepare(plan, console)
+    return carry_out(plan, console)
+
+
+def _prepare(plan: Plan, console: Console) -> None:
+    """Refuse what cannot work, and build what is missing of what the plan needs."""
     preflight(plan)
     ranks.start(torch.device(plan.config.get("hardware", {}).get("device", "cpu")))
     needs = list(in_order(plan))
@@ -139,7 +160,6 @@ def execute(plan: Plan) -> Metrics:
         _check_inputs(needed)
         if ranks.is_first():
             _complete_artifact(needed)
-    return carry_out(plan, console)
 
 
 def carry_out(plan: Plan, console: Console) -> Metrics:

@@ -35,7 +35,7 @@ def work_and_close(root: Path, digest: str) -> int:
 def work(root: Path, digest: str) -> int:
     """Do the plan, and return an exit code as in `rlhf_lab.launch.job`."""
     from rlhf_lab.engine import ranks  # torch, after this process has begun to listen
-    from rlhf_lab.launch.execute import execute
+    from rlhf_lab.launch.execute import build, execute
     from rlhf_lab.launch.main import say_why
     from rlhf_lab.launch.sweep import Sweep
     from rlhf_lab.redaction import redact
@@ -43,9 +43,13 @@ def work(root: Path, digest: str) -> int:
     directory: Path | None = None
     overrides: list[str] = []
     try:
-        plan = Sweep.read(root).plan(digest)
+        sweep = Sweep.read(root)
+        plan = sweep.plan(digest)
         directory, overrides = plan.directory, list(plan.overrides)
-        execute(plan)
+        if digest in {artifact.plan for artifact in sweep.artifacts}:
+            build(plan)
+        else:
+            execute(plan)
         ranks.stop()
     except stopping.Stopped as stopped:
         if ranks.is_first():
