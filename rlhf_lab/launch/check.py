@@ -158,6 +158,16 @@ def _mistakes(path: str, value: Any, seen: set[str]) -> Iterator[str]:
             yield from _mistakes(f"{path}[{i}]", entry, seen)
 
 
+def check_node(path: str, node: Mapping[str, Any]) -> None:
+    """Refuse a node with a `_target_` that has a wrong key, type or range.
+
+    Raises:
+        BadConfig: with every mistake.
+    """
+    if mistakes := list(_mistakes(path, node, set())):
+        raise BadConfig("\n".join(mistakes))
+
+
 def check(config: Mapping[str, Any]) -> None:
     """Refuse a resolved configuration with a wrong key, type or range anywhere in it.
 

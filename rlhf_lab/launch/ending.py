@@ -6,12 +6,15 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from rich.console import Console as Terminal
 from rich.markup import escape
 
 from rlhf_lab.launch.asking import Asked
+from rlhf_lab.launch.pool import is_alive
 from rlhf_lab.launch.standing import CANCELLED, Standing, standings
 from rlhf_lab.launch.sweep import Sweep, find, names
 from rlhf_lab.launch.terminal import terminal
@@ -40,6 +43,8 @@ def cancel(wish: Asked) -> int:
 
 def _end(sweep: Sweep, ended: Sequence[Standing], out: Terminal) -> None:
     """Have the jobs of these end, each after its run is saved if it can be."""
+    # a pool that is gone, whose number another process may have by now: somebody else is at work on the run
+    ended = [replace(one, job={}) if _is_gone(one.job) else one for one in ended]
     of_slurm = sorted({one.job["job"] for one in ended if one.job.get("executor") == "slurm"})
     for first in range(0, len(of_slurm), LONGEST_COMMAND):
         _scancel(of_slurm[first : first + LONGEST_COMMAND])
@@ -47,7 +52,7 @@ def _end(sweep: Sweep, ended: Sequence[Standing], out: Terminal) -> None:
         host = next(one.job["host"] for one in ended if one.job.get("job") == str(process))
         if host != socket.gethostname():
             raise ValueError(f"the sweep runs on {host}; type this there")
-        os.kill(process, signal.SIGTERM)  # its number and its start were compared when it was found alive
+        os.kill(process, signal.SIGTERM)  # its number and its start were compared
     for one in ended:
         if not one.job:
             (one.directory / STOP).touch()
@@ -56,6 +61,10 @@ def _end(sweep: Sweep, ended: Sequence[Standing], out: Terminal) -> None:
         for one in ended:
             if one.job:
                 file.write(json.dumps({"job": one.job["job"], "plan": one.plan, "when": time.strftime("%F %T")}) + "\n")
+
+
+def _is_gone(job: Mapping[str, Any]) -> bool:
+    return job.get("executor") == "pool" and job["host"] == socket.gethostname() and not is_alive(job)
 
 
 def _scancel(ids: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import chdir
 from dataclasses import fields, replace
 
 import yaml
@@ -10,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlhf_lab.launch.asking import Asked
-from rlhf_lab.launch.check import near
+from rlhf_lab.launch.check import check_node, near
 from rlhf_lab.launch.closing import close
 from rlhf_lab.launch.ending import cancel, stop
 from rlhf_lab.launch.executors import Here, Pool, Slurm, revive
@@ -130,18 +131,22 @@ def retry(wish: Asked) -> int:
             out.print(escape(f"nothing to retry; {line}"))
         return 0
     if isinstance(executor, Here):
-        return run_here(sweep, [sweep.plan(one.plan) for one in again])
+        with chdir(sweep.cwd):  # what is frozen may be relative to it
+            return run_here(sweep, [sweep.plan(one.plan) for one in again])
     executor.submit(sweep)
     return 0
 
 
 def _with_settings(executor: Here | Pool | Slurm, typed: Mapping[str, str]) -> Here | Pool | Slurm:
     """The executor with settings typed as executor.<setting>=<value>."""
-    known = [field.name for field in fields(executor)]
+    known = {field.name: getattr(executor, field.name) for field in fields(executor)}
     settings = {key.removeprefix("executor."): yaml.safe_load(value) for key, value in typed.items()}
     for key in settings:
         if key not in known:
             raise ValueError(f"executor.{key}: no setting of executor={executor.kind}; {near(key, known)}")
+    check_node(
+        "executor", {"_target_": f"{type(executor).__module__}.{type(executor).__qualname__}"} | known | settings
+    )
     return replace(executor, **settings)
 
 

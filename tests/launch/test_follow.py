@@ -120,6 +120,19 @@ def test_a_process_that_only_has_the_number_of_a_pool_is_left_alone(place, proce
     assert process.poll() is None
 
 
+def test_who_took_over_from_a_pool_that_is_gone_is_asked_to_stop_and_the_pools_number_left_alone(place, processes):
+    sweep = place.sweep("old")
+    innocent = submit(sweep, processes)
+    noted = sweep.root / "jobs.jsonl"
+    noted.write_text(noted.read_text().replace(f'started": {process_started(innocent.pid)}', 'started": 7'))
+    run = sweep.runs[0].directory
+    say(run, "running")
+    processes.append(hold(run))
+    place.type("cancel=old")
+    assert innocent.poll() is None
+    assert (run / STOP).exists()
+
+
 def test_an_artifact_that_another_sweep_waits_for_is_built_on(place, capsys, monkeypatch, tmp_path):
     ours, theirs = place.sweep("ours"), place.sweep("theirs")
     record_job(ours.root, job="1", executor="slurm", plan=ours.artifacts[0].plan)
@@ -141,18 +154,23 @@ def test_an_artifact_that_another_sweep_waits_for_is_built_on(place, capsys, mon
     assert (tmp_path / "ended").read_text() == "2_0 2_1\n1 2_0 2_1\n"
 
 
-def test_stop_asks_a_run_of_somebody_elses_terminal(place, processes, capsys):
-    run = place.root / "runs/alone"
-    say(run, "running")
-    (run / "config.yaml").touch()
+def hold(run: Path) -> subprocess.Popen[bytes]:
+    """A process that has a run's directory open."""
     code = (
         "import fcntl, os, sys, time\nlock = open(sys.argv[1], 'ab+', buffering=0)\nfcntl.flock(lock, fcntl.LOCK_EX)\n"
         "lock.write(f'process {os.getpid()} on here'.encode())\nprint('held', flush=True)\ntime.sleep(600)\n"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(run / ".lock")], stdout=subprocess.PIPE)
-    processes.append(holder)
     assert holder.stdout is not None
     holder.stdout.readline()
+    return holder
+
+
+def test_stop_asks_a_run_of_somebody_elses_terminal(place, processes, capsys):
+    run = place.root / "runs/alone"
+    say(run, "running")
+    (run / "config.yaml").touch()
+    processes.append(hold(run))
     place.type("stop=alone")
     assert (run / STOP).exists()
     assert "1 asked to save and stop" in capsys.readouterr().out
@@ -165,6 +183,8 @@ def test_stop_asks_a_run_of_somebody_elses_terminal(place, processes, capsys):
         (["status=one", "watch=0"], "must be more than 0"),
         (["cancel=one", "force=yes"], "force=yes: must be true or false"),
         (["retry=one", "executor.at_onc=2"], "did you mean 'at_once'"),
+        (["retry=one", "executor.at_once=0"], "executor.at_once=0: must be greater than 0"),
+        (["retry=one", "executor.restarts=many"], "executor.restarts='many'"),
         (["status=onw"], "did you mean 'one'"),
     ],
 )
@@ -172,6 +192,18 @@ def test_what_makes_no_sense_is_refused(words, said, place):
     place.sweep("one")
     with pytest.raises(ValueError, match=said):
         place.type(*words)
+
+
+def test_what_is_retried_runs_where_the_sweep_was_typed(place, monkeypatch):
+    (place.root / "elsewhere").mkdir()
+    monkeypatch.chdir(place.root)  # where the sweep is frozen
+    run = plan(Path("sweeps/here/s0"), "seed=0")
+    freeze(run.directory.parent, [run], command="", git=GIT, executor={"kind": "here"})
+    monkeypatch.chdir(place.root / "elsewhere")
+    done: list[Path] = []
+    monkeypatch.setattr("rlhf_lab.launch.start.execute", lambda plan: done.append(plan.directory.absolute()))
+    place.type("retry=here")
+    assert done == [place.root / "sweeps/here/s0"]
 
 
 @pytest.mark.slow
