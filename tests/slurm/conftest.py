@@ -1,6 +1,7 @@
 """The cluster that these tests run on: the one that SLURM_CONF names, or one of their own for as long as they run."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from tests.slurm.cluster import Cluster, Unavailable, missing_packages
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster() -> Iterator[Cluster]:
     """A running cluster of tests/slurm/cluster.py, which this process's SLURM programs find."""
     if named := os.environ.get("SLURM_CONF"):
         root = Path(named).parent
@@ -21,7 +22,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if missing := missing_packages():
         pytest.skip(f"no {' '.join(missing)} here; `python tests/slurm/cluster.py start` installs them")
     try:
-        own = Cluster.make(tmp_path_factory.mktemp("slurm"), nodes=3, cpus=4, gpus=4)
+        # not below tmp_path: munge wants folders that every user may enter
+        own = Cluster.make(Path(tempfile.mkdtemp(prefix="lab-slurm-")), nodes=3, cpus=4, gpus=4)
     except Unavailable as reason:
         pytest.skip(f"no cluster: {reason}")
     try:
