@@ -1,7 +1,6 @@
 """One run, one directory: what was asked, where and with what it ran, what it measured, and where it stands."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -11,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
 from safetensors import SafetensorError
@@ -30,6 +29,7 @@ from rlhf_lab.engine.checkpoint import (
     write_atomically,
 )
 from rlhf_lab.environment import changes, environment, sitting
+from rlhf_lab.holding import RunRefused, first_decides, take
 from rlhf_lab.interfaces import Tracker
 from rlhf_lab.journal import Journal
 from rlhf_lab.redaction import redact
@@ -45,11 +45,6 @@ PREAMBLE = {
     *(".lock", "config.yaml", "overrides.yaml", "environment.json", "status.json", "error.txt", "warnings.jsonl"),
     *("tracker.json", "wandb", STOP, SUBMISSION, ".job.json"),
 }
-Result = TypeVar("Result")
-
-
-class RunRefused(ValueError):
-    """The run directory cannot be used for this run; the message says why and what to do."""
 
 
 def difference(before: Any, after: Any, path: str = "") -> Iterator[str]:
@@ -104,7 +99,7 @@ class Run:
             RunRefused: it belongs to another configuration, another process holds it, or it cannot be written.
         """
         held: list[FileIO] = []
-        _first_decides(lambda: held.append(_take(directory)))
+        first_decides(lambda: held.append(take(directory)))
         if not ranks.is_first():
             held.append((directory / ".lock").open("rb", buffering=0))
         run = cls(
@@ -116,7 +111,7 @@ class Run:
             lock=held[0],
         )
         try:
-            _first_decides(lambda: run._begin(config, overrides, artifacts))
+            first_decides(lambda: run._begin(config, overrides, artifacts))
         except BaseException:
             run.close()
             raise
@@ -361,7 +356,7 @@ class Run:
             self._note_sitting(step)
             return step, kept[-1][1] if kept else {}
 
-        step, self.last = _first_decides(choose)
+        step, self.last = first_decides(choose)
         if step is None:
             return None
         path = self.directory / "checkpoints" / f"step_{step:06d}"
@@ -413,44 +408,3 @@ def has_begun(directory: Path) -> bool:
 def is_finished(directory: Path) -> bool:
     """Whether the run in `directory` wrote everything that it set out to write."""
     return read_status(directory).get("state") == "finished"
-
-
-def _take(directory: Path) -> FileIO:
-    """The lock of a run directory, which is made if it is not there."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / ".lock").open("ab+", buffering=0)  # a full disk must not fail its closing
-    except OSError as error:
-        raise RunRefused(
-            f"cannot write to {directory}: {error.strerror}; choose another place with runs_dir="
-        ) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.seek(0)
-        holder = lock.read().decode().strip() or "another process"
-        raise RunRefused(
-            f"{directory} is in use by {holder}; wait for it, or give this run a name of its own with name="
-        ) from error
-    return lock
-
-
-def _first_decides(decide: Callable[[], Result]) -> Result:
-    """What the first rank finds, on every rank; or its refusal.
-
-    Raises:
-        RunRefused: on all ranks.
-    """
-    found: Any = None
-    refusal = ""
-    if ranks.is_first():
-        try:
-            found = decide()
-        except RunRefused as error:
-            if ranks.world() == 1:
-                raise
-            refusal = str(error)
-    found, refusal = ranks.broadcast((found, refusal))
-    if refusal:
-        raise RunRefused(refusal)
-    return found

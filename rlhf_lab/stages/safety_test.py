@@ -22,6 +22,7 @@ from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.provenance import prompts_behind, prompts_of_table, runs_behind
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
+from rlhf_lab.engine import ranks
 from rlhf_lab.engine.checkpoint import publish, sha256
 from rlhf_lab.engine.generate import Generator, Sampling
 from rlhf_lab.engine.models import LEARNT, Hardware, ModelPaths, check_path, load_frozen, load_tokenizer
@@ -161,7 +162,7 @@ class SafetyTest:
             "exported_to": self.export if exported else None,
             "export_anyway": exported and not passed,
         }
-        if exported:
+        if exported and ranks.is_first():
             self._export(verdict)
         run.write_text("verdict.json", json.dumps(verdict, indent=1))
         run.console.say(self._sentence(verdict))
