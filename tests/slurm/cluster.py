@@ -269,8 +269,8 @@ class Cluster:
         note = self.root / "pids" / daemon
         if not note.exists():
             return None
-        pid, born = note.read_text().split()
-        return int(pid) if birth(int(pid)) == born else None
+        pid, _, born = note.read_text().partition(" ")  # not born: it had ended before it could be asked
+        return int(pid) if born and birth(int(pid)) == born else None
 
     def end(self, daemon: str, *, kill: bool = False) -> None:
         """End one of our own daemons: kindly and, after 20 s or if `kill`, by SIGKILL."""

@@ -79,3 +79,13 @@ def test_only_its_own_processes_are_ended(cluster: Cluster, tmp_path: Path):
     assert stranger.pid_of("slurmctld") is None
     stranger.end("slurmctld", kill=True)  # would end pytest
     assert cluster.pid_of("slurmctld") is not None
+
+
+def test_a_cluster_that_did_not_start_leaves_nothing_behind(cluster: Cluster, tmp_path: Path):
+    assert tmp_path.stat().st_mode & 0o077 == 0  # munge wants folders that every user may enter
+    closed = Cluster.make(tmp_path / "closed", nodes=1, cpus=1, gpus=1)
+    with pytest.raises(RuntimeError, match=r"munged did not come up(.|\n)*execute permissions"):
+        closed.start()
+    closed.purge()
+    assert not closed.root.exists()
+    assert str(closed.root) not in Path("/etc/hosts").read_text()
