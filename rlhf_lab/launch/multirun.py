@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf_lab.launch.compose import LAUNCHING, ROOT, Plan, key_of, plan_run
 from rlhf_lab.launch.execute import preflight
 from rlhf_lab.launch.explain import in_words
+from rlhf_lab.launch.sweep import SEEDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,18 +76,16 @@ def plan_points(arguments: Sequence[str]) -> tuple[list[Plan], Launching]:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         swept = _study_parameters(typed)
         typed = [*(f"{key}={values}" for key, values in swept.items() if key not in map(key_of, typed)), *typed]
-        every = points(typed)
+        every, name = points(typed), sweep_name(typed)
+        composed: dict[tuple[str, ...], _Composed] = {}
         plans: list[Plan] = []
         launching: list[Launching] = []
         mistakes: list[tuple[list[str], Exception]] = []
         for point in every:
             try:
-                config = compose("config", overrides=point, return_hydra_config=True)
-                choices = {str(k): str(v) for k, v in config.hydra.runtime.choices.items() if v is not None}
-                with open_dict(config):
-                    config.pop("hydra")
-                how = launching_of(config, sweep_name(typed))
-                plans.append(plan_run(config, point, choices, within=how.root))
+                one = _composed(point, composed)
+                how = launching_of(one.config, name)
+                plans.append(plan_run(one.config, point, one.choices, within=how.root))
                 launching.append(how)
             except (HydraException, OmegaConfBaseException, ValueError) as error:
                 mistakes.append((point, error))
@@ -95,6 +94,32 @@ def plan_points(arguments: Sequence[str]) -> tuple[list[Plan], Launching]:
     if len({str(how) for how in launching}) > 1:
         raise ImpossiblePoints("a sweep has one executor, one sweeps_dir and one plan=; sweep over something else")
     return plans, launching[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Composed:
+    config: DictConfig
+    choices: Mapping[str, str]
+
+
+def _composed(point: Sequence[str], before: dict[tuple[str, ...], _Composed]) -> _Composed:
+    """A point as composed; points that differ by a seed alone are composed once, most of the time of a sweep.
+
+    Args:
+        before: what was composed so far, by its overrides but for seeds; the new one is added. It is the point that
+            was asked for last, since all points set the same keys.
+    """
+    seeds = [override for override in point if override.partition("=")[0] in SEEDS]
+    others = tuple(override for override in point if override not in seeds)
+    if others not in before:
+        config = compose("config", overrides=list(others), return_hydra_config=True)
+        choices = {str(k): str(v) for k, v in config.hydra.runtime.choices.items() if v is not None}
+        with open_dict(config):
+            config.pop("hydra")
+        before[others] = _Composed(config=config, choices=choices)
+    for override in OverridesParser.create().parse_overrides(seeds):
+        OmegaConf.update(before[others].config, override.get_key_element(), override.value())
+    return before[others]
 
 
 def _impossible(mistakes: Sequence[tuple[Sequence[str], Exception]], of: int) -> ImpossiblePoints:
@@ -110,10 +135,11 @@ def check_points(plans: Sequence[Plan]) -> None:
         ImpossiblePoints: naming the points.
     """
     mistakes: list[tuple[Sequence[str], Exception]] = []
+    sound: set[Path] = set()
     for plan in plans:
         try:
-            preflight(plan)
-        except ValueError as error:
+            preflight(plan, sound)
+        except (HydraException, ValueError) as error:
             mistakes.append((plan.overrides, error))
     if mistakes:
         raise _impossible(mistakes, len(plans))
