@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
@@ -110,7 +111,7 @@ def run_here(sweep: Sweep, plans: Sequence[Plan]) -> int:
                 sys.exit(code)
             elif code:
                 stopped.append(code)
-        except (ValueError, RunFailed) as error:
+        except (HydraException, ValueError, RunFailed) as error:
             stopped.append(say_why(error, list(plan.overrides), prefix=f"{' '.join(plan.overrides)}: "))
     console.say(f"the sweep's page: {build_sweep_report(sweep.root)}")
     if stopped:

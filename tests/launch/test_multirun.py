@@ -92,6 +92,12 @@ def test_a_path_that_is_not_there_is_refused_for_its_point_before_anything_start
     assert not untouched.exists()
 
 
+def test_parts_that_do_not_fit_together_are_refused_for_their_point(untouched: Path):
+    plans, _ = plan_points(["algorithm=ppo_lag", "reward=two", "constraint=none,mean_cost", *places(untouched)])
+    with pytest.raises(ImpossiblePoints, match=r"constraint=none .*ppo_lag needs a constraint.*\n1 of 2 points"):
+        check_points(plans)
+
+
 def test_one_sweep_has_one_executor(untouched: Path):
     with pytest.raises(ImpossiblePoints, match="one executor"):
         plan_points(["algorithm=ppo", "reward=single", "plan=true,false", *places(untouched)])
