@@ -53,7 +53,7 @@ AWKWARD = (
     AtFirst(like="unlink* run/checkpoints/*", half=False),
     AtFirst(like="rename run/policy", half=False),
     AtFirst(like="open run/plots/.*", half=False),
-    AtFirst(like="unlink* run/checkpoints/*", half=False),
+    AtFirst(like="unlink* run/.checkpoints.*", half=False),
 )
 
 
