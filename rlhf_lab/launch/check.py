@@ -17,7 +17,7 @@ from pydantic_core import SchemaError
 from rlhf_lab.types import Count
 
 ALLOWED_TARGETS = ("rlhf_lab.",)
-MOST_LISTED = 30
+MOST_LISTED = 40
 _STRUCTURAL = {"_target_", "_partial_", "_convert_", "_recursive_"}
 
 
