@@ -35,14 +35,14 @@ def cancel(wish: Asked) -> int:
     for one in live:
         if one.plan in kept:
             out.print(escape(f"{one.name} is built on, since sweep {kept[one.plan]} needs it; force=true ends it too"))
-    _end(sweep, ended, out)
+    count = _end(sweep, ended, out)
     done = sum(one.state == "finished" for one in runs)
-    out.print(f"{len(ended)} of {len(runs) + len(artifacts)} ended; {done} runs are done and stay")
+    out.print(f"{count} of {len(runs) + len(artifacts)} ended; {done} runs are done and stay")
     return 0
 
 
-def _end(sweep: Sweep, ended: Sequence[Standing], out: Terminal) -> None:
-    """Have the jobs of these end, each after its run is saved if it can be."""
+def _end(sweep: Sweep, ended: Sequence[Standing], out: Terminal) -> int:
+    """Have the jobs of these end, each after its run is saved if it can be; returns how many were asked to."""
     # a pool that is gone, whose number another process may have by now: somebody else is at work on the run
     ended = [replace(one, job={}) if _is_gone(one.job) else one for one in ended]
     of_slurm = sorted({one.job["job"] for one in ended if one.job.get("executor") == "slurm"})
@@ -53,6 +53,10 @@ def _end(sweep: Sweep, ended: Sequence[Standing], out: Terminal) -> None:
         if host != socket.gethostname():
             raise ValueError(f"the sweep runs on {host}; type this there")
         os.kill(process, signal.SIGTERM)  # its number and its start were compared
+    foreign = set() if sweep.executor["kind"] == "here" else {artifact.plan for artifact in sweep.artifacts}
+    for one in [one for one in ended if not one.job and one.plan in foreign]:
+        out.print(escape(f"{one.name} is built by somebody else, and built on"))
+        ended.remove(one)
     for one in ended:
         if not one.job:
             (one.directory / STOP).touch()
@@ -61,6 +65,7 @@ def _end(sweep: Sweep, ended: Sequence[Standing], out: Terminal) -> None:
         for one in ended:
             if one.job:
                 file.write(json.dumps({"job": one.job["job"], "plan": one.plan, "when": time.strftime("%F %T")}) + "\n")
+    return len(ended)
 
 
 def _is_gone(job: Mapping[str, Any]) -> bool:

@@ -21,6 +21,7 @@ from typing import IO, Any
 FINISHED, FAILED, REFUSED, STOPPED = 0, 1, 2, 75  # what a worker's exit code says
 REQUESTS = (signal.SIGUSR2, signal.SIGTERM)
 POLL_S = 0.2
+OF_EACH_START = ("wandb",)  # folders of a run in which there is something new whenever a process begins
 _PR_SET_PDEATHSIG = 1
 _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
@@ -62,8 +63,10 @@ class Task:
     def made(self) -> frozenset[str]:
         """What the run has written so far, by name: a file that is new is work that was not lost."""
         submission = self.root.absolute()  # inside of the run's directory, if the run was submitted alone
-        found = (path for path in self.directory.absolute().rglob("*") if not path.name.startswith("."))
-        alone = submission.is_relative_to(self.directory.absolute())
+        directory = self.directory.absolute()
+        found = (path for path in directory.rglob("*") if not path.name.startswith("."))
+        found = (path for path in found if path.relative_to(directory).parts[0] not in OF_EACH_START)
+        alone = submission.is_relative_to(directory)
         return frozenset(str(path) for path in found if not (alone and path.is_relative_to(submission)))
 
     def command(self) -> list[str]:

@@ -168,6 +168,8 @@ def _judged(
         return "failed", False, status.get("error", "")
     if said == "stopped":
         return "stopped", False, f"{progress_of(status)}; {_reason(directory, status)}"
+    if said == "running" and not job and not _is_of_here(status):
+        return "running", True, f"{progress_of(status)} (not seen from here; look on {status['host']})"
     if said == "running":
         return "lost", False, f"{progress_of(status)}; its process {status.get('process')} is gone"
     if not job:
@@ -194,7 +196,13 @@ def _of_live_job(directory: Path, status: Mapping[str, Any], told: Queued, old: 
             if told.state == "POOL"
             else ("running", True, f"{progress_of(status)}, to be requeued")
         )
-    return "running", True, f"{progress_of(status)}, starting again"
+    # nobody holds it: of a process of this machine that says that it is gone, of another node's nothing
+    return "running", True, progress_of(status) + (", starting again" if _is_of_here(status) else "")
+
+
+def _is_of_here(status: Mapping[str, Any]) -> bool:
+    """Whether the process that last spoke for the run is one of this machine, whose locks are seen."""
+    return status.get("host", socket.gethostname()) == socket.gethostname()
 
 
 def _reason(directory: Path, status: Mapping[str, Any]) -> str:

@@ -133,6 +133,18 @@ def test_who_took_over_from_a_pool_that_is_gone_is_asked_to_stop_and_the_pools_n
     assert (run / STOP).exists()
 
 
+def test_an_artifact_that_somebody_else_builds_is_not_ended_with_a_sweep(place, processes, capsys):
+    sweep = place.sweep("ours")
+    say(place.base.directory, "running")
+    processes.append(hold(place.base.directory))
+    place.type("cancel=ours")
+    assert not (place.base.directory / STOP).exists()
+    said = capsys.readouterr().out
+    assert "base is built by somebody else" in said
+    assert "0 of 3 ended" in said
+    assert not any((run.directory / STOP).exists() for run in sweep.runs)
+
+
 def test_an_artifact_that_another_sweep_waits_for_is_built_on(place, capsys, monkeypatch, tmp_path):
     ours, theirs = place.sweep("ours"), place.sweep("theirs")
     record_job(ours.root, job="1", executor="slurm", plan=ours.artifacts[0].plan)

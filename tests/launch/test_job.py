@@ -103,6 +103,17 @@ def test_the_files_of_a_submission_are_no_progress_of_the_run_that_holds_them(tm
     assert of_a_sweep.made() > alone.made()
 
 
+def test_what_a_tracker_writes_at_each_start_is_no_progress(tmp_path):
+    script = """
+os.makedirs('wandb', exist_ok=True)
+n = len(os.listdir('wandb'))
+open(f'wandb/run-{n}', 'w').close()
+os._exit(0) if n == 5 else os.kill(os.getpid(), 9)
+"""
+    assert end_of(scripted(tmp_path / "run", script), restarts=1) == FAILED
+    assert len(os.listdir(tmp_path / "run/wandb")) == 2
+
+
 def test_a_worker_that_gets_further_before_each_kill_is_always_started_again(tmp_path):
     assert end_of(scripted(tmp_path / "run", GETS_FURTHER), restarts=1) == FINISHED
 

@@ -87,6 +87,15 @@ def test_a_run_that_was_cancelled_is_cancelled_unless_it_finished_or_failed_firs
     assert stand(tmp_path, cancelled=True, state="failed").state == "failed"
 
 
+def test_a_run_of_another_node_is_judged_by_its_job_and_not_by_locks_that_are_not_seen(tmp_path):
+    found = stand(tmp_path, RUNNING, state="running", host="node3")
+    assert (found.state, found.live, found.detail) == ("running", True, "step 20/80 · reward 1.25")
+    assert stand(tmp_path, None, state="running", host="node3").state == "lost"  # SLURM knows no such job any more
+    by_hand = stand(tmp_path, job={}, state="running", host="node3")
+    assert (by_hand.state, by_hand.live) == ("running", True)
+    assert "look on node3" in by_hand.detail
+
+
 def test_a_run_that_was_never_submitted_is_pending(tmp_path):
     assert stand(tmp_path, job={}) == Standing(
         name="run",
