@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
 from rlhf_lab.launch.check import near
-from rlhf_lab.launch.sweep import Sweep
+from rlhf_lab.launch.sweep import Sweep, submitting
 from rlhf_lab.types import Count, NonNegativeCount, Positive
 
 EXTRA = 'pip install -e ".[slurm]"'
@@ -55,7 +55,8 @@ class Pool:
         _need_submitit(self.kind)
         from rlhf_lab.launch.pool import submit
 
-        return submit(self, sweep)
+        with submitting(sweep.root):
+            return submit(self, sweep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,8 @@ class Slurm:
         _need_submitit(self.kind)
         from rlhf_lab.launch.slurm import submit
 
-        return submit(self, sweep)
+        with submitting(sweep.root):
+            return submit(self, sweep)
 
 
 def revive(stored: Mapping[str, Any]) -> Here | Pool | Slurm:

@@ -110,8 +110,9 @@ def _submit(settings: "Pool", sweep: "Sweep") -> list[dict[str, Any]]:
     from rlhf_lab.launch.sweep import jobs, record_job
 
     console = Console()
-    busy = {job["plan"] for job in jobs(sweep.root) if is_alive(job)}
-    runs = [task for task in (Task.read(sweep.root, run.plan) for run in sweep.runs) if task.digest not in busy]
+    # by their directories: what a run needs may have been mended meanwhile, and its plan be another
+    busy = {Task.read(sweep.root, job["plan"]).directory for job in jobs(sweep.root) if is_alive(job)}
+    runs = [task for task in (Task.read(sweep.root, run.plan) for run in sweep.runs) if task.directory not in busy]
     runs = [task for task in runs if not task.is_finished]
     if not runs:
         console.say(f"sweep {sweep.name}: every run is finished or under way; nothing was started")

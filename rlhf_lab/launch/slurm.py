@@ -57,8 +57,9 @@ def _submit(settings: Slurm, sweep: Sweep) -> list[dict[str, Any]]:
     begun = time.monotonic()
     tasks = {run.plan: Task.read(sweep.root, run.plan) for run in sweep.runs}
     under_way = live_jobs([str(job["job"]) for job in jobs(sweep.root) if job["executor"] == "slurm"])
-    busy = {job["plan"] for job in jobs(sweep.root) if job["job"] in under_way}
-    runs = [task for digest, task in tasks.items() if digest not in busy and not task.is_finished]
+    # by their directories: what a run needs may have been mended meanwhile, and its plan be another
+    busy = {Task.read(sweep.root, job["plan"]).directory for job in jobs(sweep.root) if job["job"] in under_way}
+    runs = [task for task in tasks.values() if task.directory not in busy and not task.is_finished]
     needed = {task.digest: task for run in runs for task in missing(run)}
     for task in (*runs, *needed.values()):
         per_node(task.num_processes, settings.nodes)  # refuses what every job would refuse

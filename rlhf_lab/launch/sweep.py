@@ -3,10 +3,12 @@
 A run that starts late, or again, reads its frozen plan and never composes from the configuration files of that day.
 """
 
+import fcntl
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -250,6 +252,14 @@ def _freeze_config(plan: Plan) -> None:
     if not (plan.directory / "config.yaml").exists():
         write_atomically(plan.directory / "overrides.yaml", yaml.safe_dump(list(plan.overrides)))
         write_atomically(plan.directory / "config.yaml", yaml.safe_dump(plan.config, sort_keys=False))
+
+
+@contextmanager
+def submitting(root: Path) -> Iterator[None]:
+    """While this is open nobody else starts jobs of the sweep: who comes second waits, and sees those of the first."""
+    with (root / ".submitting").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def record_job(root: Path, *, job: str, executor: str, plan: str, **more: Any) -> None:

@@ -1,11 +1,13 @@
 """Settings of executors, the text that sbatch gets, and whole sweeps in the background."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,11 +24,11 @@ from submitit.slurm.slurm import _make_sbatch_string
 
 from rlhf_lab.launch import claims, slurm, snapshot
 from rlhf_lab.launch.check import BadConfig
-from rlhf_lab.launch.compose import ROOT
+from rlhf_lab.launch.compose import ROOT, Plan
 from rlhf_lab.launch.executors import Here, Pool, Slurm, revive
 from rlhf_lab.launch.job import Task
 from rlhf_lab.launch.pool import is_alive, process_started
-from rlhf_lab.launch.sweep import Sweep, jobs
+from rlhf_lab.launch.sweep import Sweep, freeze, jobs, record_job
 
 
 def node(*overrides: str, conf: Path = ROOT / "conf") -> dict[str, Any]:
@@ -358,6 +360,32 @@ def only_sweep(sweeps: Path) -> Sweep:
 def states(sweep: Sweep) -> dict[str, str]:
     said = {run.directory: run.directory / "status.json" for run in (*sweep.runs, *sweep.artifacts)}
     return {d.name: json.loads(file.read_text())["state"] if file.exists() else "pending" for d, file in said.items()}
+
+
+@pytest.mark.parametrize("kind", ["pool", "slurm"])
+def test_a_sweep_is_submitted_by_one_command_at_a_time(tmp_path, monkeypatch, kind):
+    def submit(settings: Any, sweep: Sweep) -> list[Any]:
+        with (sweep.root / ".submitting").open("a") as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return ["once"]
+
+    monkeypatch.setattr(f"rlhf_lab.launch.{kind}.submit", submit)
+    assert instantiate(node(f"executor={kind}")).submit(sweep_at(tmp_path)) == ["once"]
+
+
+def test_a_run_that_is_under_way_is_not_started_again_when_what_it_needs_was_mended(tmp_path, capsys):
+    def sweep(steps: int) -> Sweep:
+        artifact = Plan(directory=tmp_path / "artifact", config={"steps": steps}, overrides=(), num_processes=1)
+        run = Plan(directory=tmp_path / "s/run", config={}, overrides=(), num_processes=1, needs=(artifact,))
+        return freeze(tmp_path / "s", [run], command="", git={"sha": "", "dirty": "", "diff": ""}, executor={})
+
+    before = sweep(1)
+    facts = {"host": socket.gethostname(), "process_started": process_started(os.getpid())}
+    record_job(before.root, job=str(os.getpid()), executor="pool", plan=before.runs[0].plan, **facts)
+    after = sweep(2)
+    assert after.runs[0].plan != before.runs[0].plan
+    assert Pool(at_once=1, devices=None, restarts=0).submit(after) == []
+    assert "nothing was started" in capsys.readouterr().out
 
 
 @pytest.mark.slow
