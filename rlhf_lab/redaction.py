@@ -15,6 +15,7 @@ _SPELLINGS = re.compile(
 )
 
 _RANDOM = re.compile(r"(?=.*\d)[\w.+/=-]{16,}")
+_ASSIGNED = re.compile(r"\b(\w+)=[\"']?([\w+=-][\w.+/=-]+)")  # as in a line of shell; a path is no secret
 
 
 def secrets(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -40,8 +41,10 @@ def refuse_secrets(config: Mapping[str, Any], what: str) -> None:
         ValueError: naming the key, and not the secret.
     """
     for key, value in _leaves(config, ""):
-        named = _words(key)[-1] in _WORDS and _RANDOM.fullmatch(value)
-        if named or redact(value) != value:
+        named = [(key, value), *_ASSIGNED.findall(value)]
+        if redact(value) != value or any(
+            _words(name)[-1] in _WORDS and _RANDOM.fullmatch(said) for name, said in named
+        ):
             raise ValueError(
                 f"{key} of the {what} holds a secret, which would be written into the run directory; take it away, and "
                 "set the environment variable that the service reads (WANDB_API_KEY, OPENAI_API_KEY, HF_TOKEN, …)"

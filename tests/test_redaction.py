@@ -54,3 +54,20 @@ def test_ordinary_settings_are_not_refused():
         },
         "configuration",
     )
+
+
+KEY = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize("line", [f"export WANDB_API_KEY={KEY}", f"ALL,HF_TOKEN='{KEY}'"])
+def test_a_secret_that_a_line_of_shell_sets_is_refused(line: str):
+    with pytest.raises(ValueError, match=r"executor.setup of the configuration holds a secret") as refused:
+        refuse_secrets({"executor": {"setup": ["module load cuda", line]}}, "configuration")
+    assert KEY not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "line", ["export HF_TOKEN=/home/me/token-0123456789", "export BATCH_0123456789=0123456789012345"]
+)
+def test_a_line_of_shell_without_a_secret_stays(line: str):
+    refuse_secrets({"executor": {"setup": [line]}}, "configuration")

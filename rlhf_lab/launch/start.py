@@ -20,7 +20,7 @@ from rlhf_lab.launch.execute import RunFailed, execute, preflight
 from rlhf_lab.launch.executors import Here
 from rlhf_lab.launch.job import REFUSED, STOPPED, Task
 from rlhf_lab.launch.multirun import Launching, check_points, launching_of, plan_points
-from rlhf_lab.launch.sweep import SUBMISSION, Sweep, freeze
+from rlhf_lab.launch.sweep import SUBMISSION, Sweep, freeze, refuse_taken
 from rlhf_lab.run import has_begun
 from rlhf_lab.types import Metrics
 
@@ -65,6 +65,7 @@ def start_sweep(typed: Sequence[str]) -> int:
         raise ValueError("a sweep starts the processes of its runs itself; use num_processes=<n> instead of torchrun")
     plans, how = plan_points(typed)
     check_points(plans)
+    refuse_taken(plans)
     if how.plan:
         _forecast(plans, how)
         return 0

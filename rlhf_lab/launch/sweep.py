@@ -181,16 +181,9 @@ def freeze(
         git: commit, whether files differ from it, and how.
 
     Raises:
-        RunRefused: it holds a run of the same name with another configuration, or two plans share a directory.
+        RunRefused: as `refuse_taken`.
     """
-    places: dict[Path, Plan] = {}
-    for plan in plans:
-        if (other := places.setdefault(plan.directory, plan)) is not plan:
-            raise RunRefused(
-                f"two runs of the sweep would share {plan.directory}: {' '.join(other.overrides)} and "
-                f"{' '.join(plan.overrides)}; vary what belongs to a run, and leave name= away (sweep= names the sweep)"
-            )
-        _refuse_another(plan)
+    refuse_taken(plans)
     # absolute, as the new runs' directories are: by these the same run is known
     before = Sweep.read(root.absolute()) if (root / "sweep.json").exists() else None
     digests: dict[Path, str] = {}
@@ -205,9 +198,7 @@ def freeze(
         )
         for plan in plans
     }
-    needed = [
-        Frozen(directory=plan.directory.absolute(), plan=digests[plan.directory]) for plan in in_order(*places.values())
-    ]
+    needed = [Frozen(directory=plan.directory.absolute(), plan=digests[plan.directory]) for plan in in_order(*plans)]
     if before is not None:
         runs = {run.directory: run for run in before.runs} | runs
         needed = list({one.directory: one for one in (*before.artifacts, *needed)}.values())
@@ -232,6 +223,22 @@ def freeze(
         run["directory"] = os.path.relpath(run["directory"], sweep.root)  # so that the folder may be moved
     write_atomically(root / "sweep.json", json.dumps(stored, indent=1, default=str))
     return sweep
+
+
+def refuse_taken(plans: Sequence[Plan]) -> None:
+    """Refuse runs that cannot have the directories that they would have.
+
+    Raises:
+        RunRefused: two would share one, or there is a run of that name with another configuration.
+    """
+    places: dict[Path, Plan] = {}
+    for plan in plans:
+        if (other := places.setdefault(plan.directory, plan)) is not plan:
+            raise RunRefused(
+                f"two runs of the sweep would share {plan.directory}: {' '.join(other.overrides)} and "
+                f"{' '.join(plan.overrides)}; vary what belongs to a run, and leave name= away (sweep= names the sweep)"
+            )
+        _refuse_another(plan)
 
 
 def _refuse_another(plan: Plan) -> None:

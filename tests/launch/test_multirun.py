@@ -9,6 +9,8 @@ from hydra.errors import HydraException
 from rlhf_lab.launch.compose import ROOT, register_resolvers
 from rlhf_lab.launch.main import is_sweep
 from rlhf_lab.launch.multirun import ImpossiblePoints, check_points, plan_points, sweep_name
+from rlhf_lab.launch.start import start_sweep
+from rlhf_lab.run import RunRefused
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +98,12 @@ def test_parts_that_do_not_fit_together_are_refused_for_their_point(untouched: P
     plans, _ = plan_points(["algorithm=ppo_lag", "reward=two", "constraint=none,mean_cost", *places(untouched)])
     with pytest.raises(ImpossiblePoints, match=r"constraint=none .*ppo_lag needs a constraint.*\n1 of 2 points"):
         check_points(plans)
+
+
+def test_what_could_not_be_frozen_is_refused_by_a_forecast_too(untouched: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(RunRefused, match="two runs of the sweep would share"):
+        start_sweep(["algorithm=sft", "debug=smoke", "seed=0,1", "name=same", "plan=true", *places(untouched)])
+    assert "nothing is started" not in capsys.readouterr().out
 
 
 def test_one_sweep_has_one_executor(untouched: Path):
