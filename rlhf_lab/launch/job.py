@@ -84,12 +84,22 @@ def status(directory: Path) -> dict[str, Any]:
         return {}
 
 
-def note_failure(directory: Path, error: str) -> None:
-    """Say in status.json why the run is over, unless it said so itself or another process is at work on it."""
+def now_as_said() -> str:
+    """As status.json says when."""
+    return time.strftime("%F %T")
+
+
+def note_failure(directory: Path, error: str, *, since: str) -> None:
+    """Say in status.json why the run is over, unless it said so itself or another process is at work on it.
+
+    Args:
+        since: when this attempt began; what was said of an earlier one's failure does not count.
+    """
     before = status(directory)
-    if before.get("state") in ("failed", "finished") or _is_held(directory):
+    has_said_so = before.get("state") == "failed" and before.get("updated", "") >= since
+    if before.get("state") == "finished" or has_said_so or _is_held(directory):
         return
-    now = time.strftime("%F %T")
+    now = now_as_said()
     after = {"started": now, "seconds": 0.0, "sittings": 0, **before, "state": "failed", "updated": now, "error": error}
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / f".status.json.{os.getpid()}.tmp"
@@ -179,6 +189,7 @@ class Supervisor:
     ) -> None:
         self.task, self.requests, self.restarts = task, requests, restarts
         self.log, self.environment = log, environment
+        self._since = now_as_said()
         self._until = time.monotonic() + limit_s
         self._kills = 0
         self._made: frozenset[str] = frozenset()
@@ -205,7 +216,7 @@ class Supervisor:
         if code < 0:
             return self._again(signal.Signals(-code).name)
         if code not in (FINISHED, REFUSED, STOPPED):
-            note_failure(self.task.directory, f"the worker ended with exit code {code}; see its log")
+            note_failure(self.task.directory, f"the worker ended with exit code {code}; see its log", since=self._since)
             return FAILED
         return code
 
@@ -216,7 +227,7 @@ class Supervisor:
             said = status(needed.directory)
             reason = said.get("error") or f"it is {said.get('state', 'not there')}"
             error = f"it needs {needed.directory}, which did not finish: {reason}"
-            note_failure(self.task.directory, error)
+            note_failure(self.task.directory, error, since=self._since)
             say(f"error: {self.task.directory}: {error}", self.log)
             return FAILED
         self._made = self.task.made()
@@ -244,7 +255,8 @@ class Supervisor:
     def _again(self, name: str) -> int | None:
         self._kills = 1 if self.task.made() - self._made else self._kills + 1
         if self._kills > self.restarts:
-            note_failure(self.task.directory, f"killed by {name} {self._kills} times without getting any further")
+            error = f"killed by {name} {self._kills} times without getting any further"
+            note_failure(self.task.directory, error, since=self._since)
             return FAILED
         say(f"the worker was killed by {name}; starting it again ({self._kills} of {self.restarts})", self.log)
         self._worker = None

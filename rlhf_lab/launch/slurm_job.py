@@ -1,6 +1,8 @@
 """What a job of SLURM runs: one frozen plan, under a supervisor, requeued whenever it is cut short."""
 
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +24,8 @@ from rlhf_lab.launch.job import (
 )
 
 AGAIN_S = 5
-HURRY_S = 15  # kept of the time limit, for what comes before this process and for requeuing
+HURRY_S = 15  # kept of the time limit, for requeuing
+ASKING_S = 10  # how long the controller may take to answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,7 @@ class RunJob:
         task = Task.read(Path(self.root), self.digest)
         if is_first_node():
             self._forget_kills(task)
-        limit_s = self.limit_s - HURRY_S
+        limit_s = min(self.limit_s, seconds_left()) - HURRY_S
         code = Supervisor(task, requests, restarts=self.restarts, limit_s=limit_s).wait()
         if code == FINISHED:
             return
@@ -78,16 +81,38 @@ class RunJob:
 
     def _forget_kills(self, task: Task) -> None:
         """What the batch script counts begins anew once the run got further (see `slurm.TEARDOWN`)."""
-        array, place = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-        job = f"{array}_{place}" if array else os.environ.get("SLURM_JOB_ID", "none")
+        job = _this_job()
         killed, before = Path(self.log) / f"{job}.killed", Path(self.log) / f"{job}.made"
         if killed.exists() and before.exists() and task.made() - set(before.read_text().splitlines()):
             killed.unlink()
         before.write_text("\n".join(sorted(task.made())))
 
 
+def _this_job() -> str:
+    """Its name among the jobs of an array: by the number alone, the last of an array is all of them."""
+    array, place = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{place}" if array else os.environ.get("SLURM_JOB_ID", "none")
+
+
+def seconds_left() -> float:
+    """Until this job's time limit, which began before this process did; infinity if nobody says.
+
+    Setup, prolog and the imports before this may have taken long.
+    """
+    asked = ["squeue", "--noheader", "--format=%L", f"--jobs={_this_job()}"]
+    try:
+        answer = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=ASKING_S).stdout
+    except (OSError, subprocess.SubprocessError):
+        return math.inf
+    said = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", answer.strip())  # else UNLIMITED, INVALID, NOT_SET
+    if said is None:
+        return math.inf
+    days, hours, minutes, seconds = (int(part or 0) for part in said.groups())
+    return 86400.0 * days + 3600 * hours + 60 * minutes + seconds
+
+
 def _is_cancelled() -> bool:
     """Whether SLURM ends this job for good; a job that it pre-empts is running until its grace is over."""
-    asked = ["squeue", "--noheader", "--format=%T", f"--jobs={os.environ['SLURM_JOB_ID']}"]
+    asked = ["squeue", "--noheader", "--format=%T", f"--jobs={_this_job()}"]
     answer = subprocess.run(asked, capture_output=True, text=True, check=False)
     return answer.returncode == 0 and answer.stdout.split() != ["RUNNING"]

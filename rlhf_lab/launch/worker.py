@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rlhf_lab import stopping
 from rlhf_lab.launch import outcome
-from rlhf_lab.launch.job import FAILED, FINISHED, STOPPED, die_with_parent, note_failure
+from rlhf_lab.launch.job import FAILED, FINISHED, STOPPED, die_with_parent, note_failure, now_as_said
 
 
 def main() -> None:
@@ -40,6 +40,7 @@ def work(root: Path, digest: str) -> int:
     from rlhf_lab.launch.sweep import Sweep
     from rlhf_lab.redaction import redact
 
+    since = now_as_said()
     directory: Path | None = None
     overrides: list[str] = []
     try:
@@ -61,7 +62,8 @@ def work(root: Path, digest: str) -> int:
             return FAILED
         code = say_why(error, overrides)
         if directory is not None:
-            note_failure(directory, redact((str(error).splitlines() or [type(error).__name__])[0]))
+            reason = redact((str(error).splitlines() or [type(error).__name__])[0])
+            note_failure(directory, reason, since=since)
         return code
     return FINISHED
 

@@ -2,10 +2,12 @@
 
 import fcntl
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,15 +20,17 @@ from rlhf_lab.launch.job import (
     FAILED,
     FINISHED,
     REFUSED,
+    REQUESTS,
     STOPPED,
     Requests,
     Supervisor,
     Task,
     note_failure,
+    now_as_said,
     status,
 )
 from rlhf_lab.launch.pool import process_started, ready
-from rlhf_lab.launch.slurm_job import RunJob
+from rlhf_lab.launch.slurm_job import HURRY_S, RunJob, seconds_left
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -126,7 +130,7 @@ def test_a_run_does_not_start_without_what_it_needs_and_says_why_that_is_not_the
     assert end_of(task) == FAILED
     assert not (tmp_path / "run" / "started").exists()
     assert status(tmp_path / "run")["error"] == f"it needs {tmp_path / 'model'}, which did not finish: it is not there"
-    note_failure(tmp_path / "model", "the loss is not finite")
+    note_failure(tmp_path / "model", "the loss is not finite", since=now_as_said())
     (tmp_path / "run" / "status.json").unlink()
     end_of(task)
     assert status(tmp_path / "run")["error"].endswith("which did not finish: the loss is not finite")
@@ -134,18 +138,35 @@ def test_a_run_does_not_start_without_what_it_needs_and_says_why_that_is_not_the
 
 def test_what_a_run_says_of_its_own_end_stays(tmp_path):
     for state in ("failed", "finished"):
-        (tmp_path / "status.json").write_text(json.dumps({"state": state, "error": "its own"}))
-        note_failure(tmp_path, "another")
-        assert status(tmp_path) == {"state": state, "error": "its own"}
+        said = {"state": state, "error": "its own", "updated": "2026-01-01 12:00:00"}
+        (tmp_path / "status.json").write_text(json.dumps(said))
+        note_failure(tmp_path, "another", since="2026-01-01 11:59:59")
+        assert status(tmp_path) == said
+
+
+def test_a_retry_that_cannot_begin_says_why_and_not_what_an_earlier_attempt_said(tmp_path):
+    (tmp_path / "plans").mkdir()
+    plan = {"directory": str(tmp_path / "model"), "num_processes": 1, "needs": [], "config": {}, "overrides": []}
+    (tmp_path / "plans" / "m.json").write_text(json.dumps(plan))
+    task = scripted(tmp_path / "run", "", needs=("m",))
+    before = {"state": "failed", "error": "of yesterday", "updated": "2026-01-01 12:00:00", "sittings": 3}
+    (tmp_path / "run" / "status.json").write_text(json.dumps(before))
+    assert end_of(task) == FAILED
+    said = status(tmp_path / "run")
+    assert "it needs" in said["error"]
+    assert said["sittings"] == 3
+    (tmp_path / "status.json").write_text(json.dumps(before | {"state": "finished"}))
+    note_failure(tmp_path, "another", since=now_as_said())
+    assert status(tmp_path)["state"] == "finished"
 
 
 def test_a_run_that_another_process_is_at_work_on_is_not_said_to_have_failed(tmp_path):
     (tmp_path / "status.json").write_text(json.dumps({"state": "running"}))
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        note_failure(tmp_path, "in use by process 7")
+        note_failure(tmp_path, "in use by process 7", since=now_as_said())
         assert status(tmp_path) == {"state": "running"}
-    note_failure(tmp_path, "killed")
+    note_failure(tmp_path, "killed", since=now_as_said())
     assert status(tmp_path)["state"] == "failed"
 
 
@@ -236,6 +257,56 @@ def test_a_job_travels_by_name_and_wakes_without_torch(tmp_path):
     assert said.stdout.split() == ["0", "False"]
     again = job.checkpoint()
     assert again.function == job
+
+
+def controller(tools: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A squeue that answers so, for the fourth job of array 7, whose number is the array's own."""
+    tools.mkdir(exist_ok=True)
+    (tools / "squeue").write_text(f"#!/bin/sh\n{script}\n")
+    (tools / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    for name, value in (("JOB_ID", "7"), ("ARRAY_JOB_ID", "7"), ("ARRAY_TASK_ID", "3")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [
+        ("0:07", 7),
+        ("12:05", 725),
+        ("2:00:01", 7201),
+        ("1-02:03:04", 93784),
+        ("UNLIMITED", math.inf),
+        ("INVALID", math.inf),
+        ("", math.inf),
+    ],
+)
+def test_the_time_that_a_job_has_left_is_what_its_controller_says(tmp_path, monkeypatch, said, seconds):
+    controller(tmp_path, f'case "$*" in *--jobs=7_3) echo "{said}";; *) exit 1;; esac', monkeypatch)
+    assert seconds_left() == seconds
+
+
+def test_a_job_that_began_late_is_requeued_before_its_limit_and_not_after_its_whole_time(tmp_path, monkeypatch):
+    controller(tmp_path / "tools", f"echo 0:{HURRY_S + 1:02}", monkeypatch)
+    run = scripted(tmp_path / "run", "import time\nopen('loads', 'w').close()\ntime.sleep(600)")
+    monkeypatch.setattr(Task, "read", lambda root, digest: run)
+    requested: list[float] = []
+
+    def pass_on(requests: Requests, number: signal.Signals) -> None:
+        requested.append(number)
+        raise SystemExit(number)
+
+    monkeypatch.setattr(Requests, "pass_on", pass_on)
+    warning = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR2))
+    warning.start()
+    before = {number: signal.getsignal(number) for number in REQUESTS}
+    try:
+        with pytest.raises(SystemExit):
+            RunJob(root=str(tmp_path), digest="0", restarts=0, limit_s=600, log=str(tmp_path))()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert requested == [signal.SIGUSR2]
 
 
 def test_a_pool_starts_what_waits_for_nothing(tmp_path):
