@@ -17,20 +17,16 @@ pytestmark = [
 ]
 
 
+MAIN, *OTHERS = FAMILIES
+
+
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A runs directory in which the artifacts gather that one family built and the next may take over."""
-    yield tmp_path_factory.mktemp("shelf") / "runs"
+def main_job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
+    """The main job, whose artifacts the other families take over."""
+    trial = Trial(tmp_path_factory.mktemp("main_job"), FAMILIES[MAIN], artifacts=None, say=print)
+    assert trial.control() == []
+    yield trial
     forget_library()
-
-
-def beside(shelf: Path, folder: Path, family: str) -> Trial:
-    """A trial that takes its artifacts from the shelf, and leaves there what it had to build."""
-    trial = Trial(folder / "trial", FAMILIES[family], artifacts=shelf if shelf.exists() else None, say=print)
-    shutil.copytree(trial.whole.runs, shelf, dirs_exist_ok=True, ignore=shutil.ignore_patterns("run"))
-    if any(" run/" not in operation for operation in trial.whole.sitting.operations):
-        assert trial.control() == []
-    return trial
 
 
 def assert_nothing_lost(chain: Chain, kills: int) -> None:
@@ -38,9 +34,11 @@ def assert_nothing_lost(chain: Chain, kills: int) -> None:
     assert [kill.faults for kill in chain.kills] == [[]] * kills
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_that_is_killed_in_its_writes_ends_as_the_undisturbed_one(family: str, shelf: Path, tmp_path: Path):
-    trial = beside(shelf, tmp_path, family)
+@pytest.mark.parametrize("family", OTHERS)
+def test_a_run_that_is_killed_in_its_writes_ends_as_the_undisturbed_one(family: str, main_job: Trial, tmp_path: Path):
+    trial = Trial(tmp_path, FAMILIES[family], artifacts=main_job.whole.runs, say=print)
+    if any(" run/" not in operation for operation in trial.whole.sitting.operations):  # it needed other artifacts too
+        assert trial.control() == []
     moment = trial.alone.moment(random.Random(family), timed=False)  # a clock would mostly find it importing
     assert_nothing_lost(trial.chain(0, [moment], from_nothing=False), 1)
 
@@ -57,6 +55,5 @@ AWKWARD = (
 )
 
 
-def test_a_run_that_is_killed_where_it_hurts_most_ends_as_the_undisturbed_one(shelf: Path, tmp_path: Path):
-    trial = beside(shelf, tmp_path, "main job")
-    assert_nothing_lost(trial.chain(0, AWKWARD, from_nothing=False), len(AWKWARD))
+def test_a_run_that_is_killed_where_it_hurts_most_ends_as_the_undisturbed_one(main_job: Trial):
+    assert_nothing_lost(main_job.chain(0, AWKWARD, from_nothing=False), len(AWKWARD))
