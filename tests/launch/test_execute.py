@@ -117,17 +117,27 @@ def test_an_artifact_whose_builder_was_killed_after_its_last_result_is_completed
     assert not spare.parent.exists()
 
 
-def test_a_sweep_runs_every_point_and_says_which_failed(command_line, tmp_path):
-    typed = ["-m", "algorithm=sft", "debug=smoke", "stage.batch_size=32", f"runs_dir={tmp_path}"]
+@pytest.mark.slow
+def test_a_sweep_with_an_impossible_point_is_refused_whole(command_line, tmp_path):
+    typed = ["-m", "algorithm=sft", "debug=smoke", f"runs_dir={tmp_path}", f"sweeps_dir={tmp_path}"]
     answer = command_line(*typed, "seed=0,1", "algorithm.spare=1")
     assert answer.returncode == 2
     answer = command_line(*typed, "seed=0,1,x")
     assert answer.returncode == 2
     assert "seed='x': must be a valid integer" in answer.stderr
-    assert sorted(path.name for path in tmp_path.iterdir() if is_finished(path)) == [
-        "sft-s0-stage.batch_size=32",
-        "sft-s1-stage.batch_size=32",
-    ]
+    assert "1 of 3 points cannot run; nothing was started" in answer.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_every_point_says_which_failed_and_draws_its_page(command_line, tmp_path):
+    typed = ["-m", "algorithm=sft", "debug=smoke", f"runs_dir={tmp_path / 'runs'}", f"sweeps_dir={tmp_path}", "sweep=s"]
+    answer = command_line(*typed, "learner.lr.policy=1e30,0.001")
+    assert answer.returncode == 1
+    assert "learner.lr.policy=1e+30" in answer.stderr
+    names = ["sft-s0-learner.lr.policy=0.001", "sft-s0-learner.lr.policy=1e+30"]
+    assert [is_finished(tmp_path / "s" / name) for name in names] == [True, False]
+    assert "1 failed" in (tmp_path / "s/report.html").read_text()
 
 
 def write(path: Path, *rows: dict) -> Path:
