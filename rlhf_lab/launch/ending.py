@@ -16,7 +16,7 @@ from rich.markup import escape
 from rlhf_lab.launch.asking import Asked
 from rlhf_lab.launch.pool import is_alive
 from rlhf_lab.launch.standing import CANCELLED, Standing, standings
-from rlhf_lab.launch.sweep import Sweep, find, names
+from rlhf_lab.launch.sweep import Sweep, find, jobs, names
 from rlhf_lab.launch.terminal import terminal
 from rlhf_lab.run import STOP
 
@@ -43,6 +43,10 @@ def cancel(wish: Asked) -> int:
 
 def _end(sweep: Sweep, ended: Sequence[Standing], out: Terminal) -> int:
     """Have the jobs of these end, each after its run is saved if it can be; returns how many were asked to."""
+    own = {job["job"] for job in jobs(sweep.root)}
+    for one in [one for one in ended if one.job and one.job["job"] not in own]:
+        out.print(escape(f"{one.name} is built by a job of another sweep, and built on"))
+    ended = [one for one in ended if not one.job or one.job["job"] in own]
     # a pool that is gone, whose number another process may have by now: somebody else is at work on the run
     ended = [replace(one, job={}) if _is_gone(one.job) else one for one in ended]
     of_slurm = sorted({one.job["job"] for one in ended if one.job.get("executor") == "slurm"})

@@ -52,7 +52,7 @@ def status(wish: Asked) -> int:
             sweep = wish.sweep()
             artifacts, runs = standings(sweep)
             close(sweep.root)  # a sweep whose last run could not begin has nobody else who draws its page
-            _show(sweep, artifacts, runs, out)
+            _show(sweep, wish.name, artifacts, runs, out)
             live = any(one.live for one in runs)
         if not (watch and live):
             return 0
@@ -72,7 +72,8 @@ def _seconds(typed: str | None) -> float:
     return seconds
 
 
-def _show(sweep: Sweep, artifacts: Sequence[Standing], runs: Sequence[Standing], out: Terminal) -> None:
+def _show(sweep: Sweep, name: str, artifacts: Sequence[Standing], runs: Sequence[Standing], out: Terminal) -> None:
+    """Print it; by `name` it was found, and will be again."""
     out.print(escape(f"sweep {sweep.name}, {sweep.created}, executor {sweep.executor['kind']}: {sweep.command}"))
     _table([one for one in artifacts if one.state != "finished"], runs, out)
     if reused := sum(one.state == "finished" for one in artifacts):
@@ -82,7 +83,6 @@ def _show(sweep: Sweep, artifacts: Sequence[Standing], runs: Sequence[Standing],
     for one in (*artifacts, *runs):
         if one.state == "failed":
             out.print(escape(f"  {one.name}: {_log(sweep, one)}"))
-    name = sweep.name
     if any(one.state in TO_RETRY for one in runs):
         out.print(escape(f"start again what is missing: python launch.py retry={name}"))
     where = [f"logs: {sweep.root / 'log'}"] if (sweep.root / "log").exists() else []

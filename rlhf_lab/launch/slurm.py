@@ -244,4 +244,5 @@ def shown(sweep: Sweep) -> str:
     """How a person names the sweep."""
     root = sweep.root.parent if sweep.root.name == SUBMISSION else sweep.root
     shown = os.path.relpath(root)
-    return str(root) if shown.startswith("..") else shown.removeprefix("sweeps/").removeprefix("runs/")
+    first, _, rest = shown.partition("/")
+    return str(root) if first == ".." else rest if rest and first in ("sweeps", "runs") else shown

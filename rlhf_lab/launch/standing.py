@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_lab.console import headline
+from rlhf_lab.launch.claims import claimed
 from rlhf_lab.launch.pool import is_alive
 from rlhf_lab.launch.queue import Queued, queued
 from rlhf_lab.launch.sweep import Frozen, Member, Sweep, jobs
@@ -29,7 +30,7 @@ class Standing:
     Fields:
         live: whether something works on it, or will without being asked again.
         detail: why it waits, how far it is, why it ended, or what it measured.
-        job: the latest that was submitted for it, "" if none was.
+        job: the latest that was submitted for it, an artifact's by whatever sweep; {} if none was.
         requeued: how often another process took it up again.
         seconds_left: by its pace so far; 0 if it is over or has none.
     """
@@ -76,8 +77,11 @@ def _cannot_take(lock: Path) -> bool:
 
 def standings(sweep: Sweep) -> tuple[list[Standing], list[Standing]]:
     """How the artifacts and the runs of a sweep stand."""
-    recorded = jobs(sweep.root)
-    latest = {job["plan"]: job for job in recorded}
+    latest: dict[str, Mapping[str, Any]] = {job["plan"]: job for job in jobs(sweep.root)}
+    for one in sweep.artifacts:  # which another sweep's job may build, on a node whose locks are not seen
+        ours, theirs = latest.get(one.plan, {}), claimed(one.directory)
+        if theirs.get("submitted", "") > ours.get("submitted", ""):
+            latest[one.plan] = theirs
     queue = queued({job["job"] for job in latest.values() if job["executor"] == "slurm"})
     gone = cancelled(sweep.root)
 

@@ -288,8 +288,8 @@ def find(name: str, sweeps_dir: Path, runs_dir: Path) -> Sweep:
     Raises:
         ValueError: there is none; with the closest name.
     """
-    places = (Path(name), Path(name) / SUBMISSION, sweeps_dir / name, runs_dir / name / SUBMISSION)
-    for root in places:
+    places = (Path(name), sweeps_dir / name, runs_dir / name)
+    for root in (root for place in places for root in (place, place / SUBMISSION)):
         if (root / "sweep.json").is_file():
             return Sweep.read(root.absolute())
     known = list(names(sweeps_dir, runs_dir))
@@ -298,7 +298,25 @@ def find(name: str, sweeps_dir: Path, runs_dir: Path) -> Sweep:
 
 
 def names(sweeps_dir: Path, runs_dir: Path) -> Iterable[str]:
-    """Of every sweep, and of every run that was submitted alone; the latest first."""
-    found = [*sweeps_dir.glob("*/sweep.json"), *runs_dir.glob(f"*/{SUBMISSION}/sweep.json")]
-    for file in sorted(found, key=lambda file: file.stat().st_mtime, reverse=True):
-        yield file.parent.parent.name if file.parent.name == SUBMISSION else file.parent.name
+    """Of every sweep, and of every run that was submitted alone, as `find` takes them; the latest first."""
+    found = {root: os.path.relpath(_named(root), place) for place in (runs_dir, sweeps_dir) for root in _sweeps(place)}
+    for root in sorted(found, key=lambda root: (root / "sweep.json").stat().st_mtime, reverse=True):
+        yield found[root]
+
+
+def _named(root: Path) -> Path:
+    """The folder that a person names: of a run that was submitted alone, the run's."""
+    return root.parent if root.name == SUBMISSION else root
+
+
+def _sweeps(place: Path) -> Iterator[Path]:
+    """The sweeps below a directory, however deep; within a run there is at most its submission."""
+    for folder, children, files in os.walk(place):
+        if "sweep.json" in files:
+            yield Path(folder)
+        if Path(folder).name == SUBMISSION:
+            children.clear()
+        elif "config.yaml" in files:
+            children[:] = [child for child in children if child == SUBMISSION]
+        elif "sweep.json" in files:
+            children[:] = [child for child in children if child not in ("plans", "log", "code", "plots")]

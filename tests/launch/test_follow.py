@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from rlhf_lab.launch.asking import asked
+from rlhf_lab.launch.claims import claim
 from rlhf_lab.launch.compose import Plan
 from rlhf_lab.launch.follow import follow
+from rlhf_lab.launch.job import Task
 from rlhf_lab.launch.pool import process_started
+from rlhf_lab.launch.standing import standings
 from rlhf_lab.launch.sweep import Sweep, freeze, record_job
 from rlhf_lab.run import STOP, is_finished
 
@@ -164,6 +167,33 @@ def test_an_artifact_that_another_sweep_waits_for_is_built_on(place, capsys, mon
     place.type("cancel=ours", "force=true")
     assert "built on" not in capsys.readouterr().out
     assert (tmp_path / "ended").read_text() == "2_0 2_1\n1 2_0 2_1\n"
+
+
+def tools(place: Place, queue: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A controller that knows these jobs, a line each; what it was asked to end is in the file."""
+    (place.root / "bin").mkdir()
+    ended = place.root / "ended"
+    for name, body in (("squeue", f"/bin/cat <<'END'\n{queue}END"), ("scancel", f'echo "$@" >> {ended}')):
+        (place.root / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+        (place.root / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(place.root / "bin"))
+    return ended
+
+
+def test_an_artifact_that_a_job_of_another_sweep_builds_stands_as_that_job_does(place, capsys, monkeypatch):
+    ours, theirs = place.sweep("ours"), place.sweep("theirs")
+    artifact = theirs.artifacts[0].plan
+    record_job(theirs.root, job="1", executor="slurm", plan=artifact)
+    say(place.base.directory, "running", host="another-node")
+    claim(Task.read(theirs.root, artifact), "1", theirs)
+    ended = tools(place, "1|RUNNING||node3\n", monkeypatch)
+    ((found,), _) = standings(ours)
+    assert (found.state, found.live, found.job["job"]) == ("running", True, "1")
+    assert "not seen from here" not in found.detail
+    place.type("cancel=ours", "force=true")
+    assert "base is built by a job of another sweep, and built on" in capsys.readouterr().out
+    assert not ended.exists()
+    assert not (place.base.directory / STOP).exists()
 
 
 def hold(run: Path) -> subprocess.Popen[bytes]:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from rlhf_lab.launch.compose import Plan
+from rlhf_lab.launch.slurm import shown
 from rlhf_lab.launch.sweep import SUBMISSION, Sweep, find, freeze, jobs, names, record_job
 from rlhf_lab.report.sweep_runs import ABSENT, read_sweep
 from rlhf_lab.run import RunRefused
@@ -127,6 +128,22 @@ def test_a_sweep_is_found_by_name_path_and_as_a_run_that_was_submitted_alone(tmp
     assert set(names(sweeps, runs)) == {"big", "alone"}
     with pytest.raises(ValueError, match="no sweep 'bgi'; did you mean 'big'"):
         find("bgi", sweeps, runs)
+
+
+@pytest.mark.parametrize("run", ["runs/tiny_help/alone", "sweeps/mine/alone", "elsewhere/alone", "runs/plain"])
+def test_a_run_that_was_submitted_alone_is_found_and_listed_by_the_name_that_is_printed(
+    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    directory = Path(run)
+    sweep = frozen(directory / SUBMISSION, plan(directory, "seed=0"))
+    (directory / "checkpoints/step_1").mkdir(parents=True)
+    frozen(Path("sweeps/mine"), plan(Path("sweeps/mine/s0"), "seed=0"))
+    assert find(shown(sweep), Path("sweeps"), Path("runs")) == sweep
+    listed = list(names(Path("sweeps"), Path("runs")))
+    assert "mine" in listed
+    assert shown(sweep) in listed or run.startswith("elsewhere")
+    assert all(find(name, Path("sweeps"), Path("runs")) for name in listed)
 
 
 def test_jobs_are_noted_in_order(tmp_path: Path):
