@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_lab.launch.check import near
-from rlhf_lab.launch.standing import Standing, standing
+from rlhf_lab.launch.standing import Standing, standing, standings
 from rlhf_lab.launch.sweep import SUBMISSION, Sweep, find
 
 
@@ -31,11 +31,17 @@ class Asked:
         """
         return find(self.name, self.sweeps_dir, self.runs_dir)
 
-    def run_alone(self) -> Standing | None:
-        """A run that was started by itself and not submitted, if that is what the name means."""
-        for place in (Path(self.name), self.runs_dir / self.name):
-            if (place / "config.yaml").exists() and not (place / SUBMISSION).exists():
-                return standing(place.name, place, "", {}, None, False)
+    def one_run(self) -> tuple[Standing, Sweep | None] | None:
+        """A run that is no sweep by itself, if that is what the name means, and the sweep that it is of, if of one."""
+        for place in (Path(self.name), self.sweeps_dir / self.name, self.runs_dir / self.name):
+            if not (place / "config.yaml").exists() or (place / SUBMISSION).exists():
+                continue
+            if (place.parent / "sweep.json").is_file():
+                sweep = Sweep.read(place.parent.absolute())
+                found = [one for one in standings(sweep)[1] if one.directory == place.absolute()]
+                if found:
+                    return found[0], sweep
+            return standing(place.name, place, "", {}, None, False), None
         return None
 
 

@@ -104,15 +104,20 @@ def _needed_elsewhere(sweep: Sweep, artifacts: Sequence[Standing], wish: Asked) 
 def stop(wish: Asked) -> int:
     """Have what runs save and end at its next step; what waits does not begin. `retry=` goes on."""
     out = terminal()
-    if alone := wish.run_alone():
-        runs, sweep = [alone], None
+    one_run = wish.one_run()
+    if one_run:
+        runs, sweep = [one_run[0]], one_run[1]
     else:
         sweep = wish.sweep()
         artifacts, members = standings(sweep)
         runs = [*artifacts, *members]
     running = [one for one in runs if one.state == "running" and one.live]
     waiting = [one for one in runs if one.state == "pending" and one.live]
-    if sweep is not None and any(one.job.get("executor") == "pool" for one in (*running, *waiting)):
+    of_pool = any(one.job.get("executor") == "pool" for one in (*running, *waiting))
+    if one_run and of_pool:
+        for one in (*running, *waiting):  # the pool's process does other runs too; one that waits stops as it begins
+            (one.directory / STOP).touch()
+    elif sweep is not None and of_pool:
         _end(sweep, [*running, *waiting], out)  # whose process saves what runs and begins nothing new
     else:
         for one in running:

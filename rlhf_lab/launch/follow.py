@@ -15,10 +15,9 @@ from rlhf_lab.launch.check import check_node, near
 from rlhf_lab.launch.closing import close
 from rlhf_lab.launch.ending import cancel, stop
 from rlhf_lab.launch.executors import Here, Pool, Slurm, revive
-from rlhf_lab.launch.standing import TO_RETRY, Standing, standings, totals
+from rlhf_lab.launch.standing import TO_RETRY, Standing, standings, take_back_stops, totals
 from rlhf_lab.launch.sweep import Sweep, find, names
 from rlhf_lab.launch.terminal import duration, terminal
-from rlhf_lab.run import STOP
 
 COLOURS = {
     **{"pending": "dim", "running": "cyan", "stopped": "yellow", "cancelled": "yellow"},
@@ -44,10 +43,9 @@ def status(wish: Asked) -> int:
         return 0
     watch = _seconds(wish.options.get("watch"))
     while True:
-        alone = wish.run_alone()
-        if alone is not None:
-            _table([], [alone], out)
-            live = alone.live
+        if one := wish.one_run():
+            _table([], [one[0]], out)
+            live = one[0].live
         else:
             sweep = wish.sweep()
             artifacts, runs = standings(sweep)
@@ -121,9 +119,7 @@ def retry(wish: Asked) -> int:
     artifacts, runs = standings(sweep)
     executor = _with_settings(revive(sweep.executor), wish.options)
     again = [one for one in runs if one.state != "finished" and not one.live]
-    for one in (*artifacts, *again):
-        if not one.live:
-            (one.directory / STOP).unlink(missing_ok=True)
+    take_back_stops([one.directory for one in (*artifacts, *again) if not one.live])
     for one in again:
         out.print(escape(f"{one.name}: {one.state}, {one.detail}"))
     if not again:

@@ -107,17 +107,18 @@ def submit(settings: "Pool", sweep: "Sweep") -> list[dict[str, Any]]:
 def _submit(settings: "Pool", sweep: "Sweep") -> list[dict[str, Any]]:
     from rlhf_lab.console import Console
     from rlhf_lab.launch.slurm import missing, shown
+    from rlhf_lab.launch.standing import take_back_stops, under_way
     from rlhf_lab.launch.sweep import jobs, record_job
 
     console = Console()
-    # by their directories: what a run needs may have been mended meanwhile, and its plan be another
-    busy = {Task.read(sweep.root, job["plan"]).directory for job in jobs(sweep.root) if is_alive(job)}
+    busy = under_way(sweep)
     runs = [task for task in (Task.read(sweep.root, run.plan) for run in sweep.runs) if task.directory not in busy]
     runs = [task for task in runs if not task.is_finished]
     if not runs:
         console.say(f"sweep {sweep.name}: every run is finished or under way; nothing was started")
         return []
     tasks = list({task.digest: task for run in runs for task in (*missing(run), run)}.values())
+    take_back_stops(task.directory for task in runs)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     job = PoolJob(
         root=str(sweep.root),

@@ -17,13 +17,14 @@ from submitit.helpers import clean_env
 from rlhf_lab.console import Console
 from rlhf_lab.launch.claims import claim, claiming
 from rlhf_lab.launch.compose import ROOT
-from rlhf_lab.launch.controller import array_of, largest_array, live_jobs
+from rlhf_lab.launch.controller import array_of, largest_array
 from rlhf_lab.launch.executors import Slurm
 from rlhf_lab.launch.job import Task
 from rlhf_lab.launch.processes import per_node
 from rlhf_lab.launch.schedule import waves
 from rlhf_lab.launch.slurm_job import RunJob
 from rlhf_lab.launch.snapshot import environment, snapshot
+from rlhf_lab.launch.standing import take_back_stops, under_way
 from rlhf_lab.launch.sweep import SUBMISSION, Sweep, jobs, record_job
 
 # SLURM itself requeues after a node's failure, a run asks for it when it is warned; but not when the step is killed
@@ -56,13 +57,12 @@ def submit(settings: Slurm, sweep: Sweep) -> list[dict[str, Any]]:
 def _submit(settings: Slurm, sweep: Sweep) -> list[dict[str, Any]]:
     begun = time.monotonic()
     tasks = {run.plan: Task.read(sweep.root, run.plan) for run in sweep.runs}
-    under_way = live_jobs([str(job["job"]) for job in jobs(sweep.root) if job["executor"] == "slurm"])
-    # by their directories: what a run needs may have been mended meanwhile, and its plan be another
-    busy = {Task.read(sweep.root, job["plan"]).directory for job in jobs(sweep.root) if job["job"] in under_way}
+    busy = under_way(sweep)
     runs = [task for task in tasks.values() if task.directory not in busy and not task.is_finished]
     needed = {task.digest: task for run in runs for task in missing(run)}
     for task in (*runs, *needed.values()):
         per_node(task.num_processes, settings.nodes)  # refuses what every job would refuse
+    take_back_stops(task.directory for task in runs)
     submitted: list[dict[str, Any]] = []
     with claiming(needed.values()) as claimed:
         waited_for = {digest: job for digest, job in claimed.items() if job is not None}

@@ -4,17 +4,20 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_lab.console import headline
 from rlhf_lab.launch.claims import claimed
+from rlhf_lab.launch.controller import live_jobs
+from rlhf_lab.launch.job import Task
 from rlhf_lab.launch.pool import is_alive
 from rlhf_lab.launch.queue import Queued, queued
 from rlhf_lab.launch.sweep import Frozen, Member, Sweep, jobs
 from rlhf_lab.launch.terminal import duration
+from rlhf_lab.run import STOP
 from rlhf_lab.status import read_status
 
 State = Literal["pending", "running", "stopped", "cancelled", "failed", "lost", "finished"]
@@ -66,6 +69,13 @@ def is_held(directory: Path) -> bool:
     return any(entry[5].startswith(f"{device}:") or f"process {entry[4]} " in said for entry in of_inode)
 
 
+def take_back_stops(directories: Iterable[Path]) -> None:
+    """Before runs are started: a request to stop that nobody heeded was meant for an earlier attempt."""
+    for directory in directories:
+        if not is_held(directory):
+            (directory / STOP).unlink(missing_ok=True)
+
+
 def _cannot_take(lock: Path) -> bool:
     with lock.open("rb") as file:
         try:
@@ -91,6 +101,27 @@ def standings(sweep: Sweep) -> tuple[list[Standing], list[Standing]]:
         return standing(name, one.directory, one.plan, job, _told(job, queue), job.get("job") in gone)
 
     return [stand(one) for one in sweep.artifacts], [stand(run) for run in sweep.runs]
+
+
+def under_way(sweep: Sweep) -> set[Path]:
+    """The directories of runs and artifacts that a live job of the sweep is for, of whatever executor.
+
+    By directories: what a run needs may have been mended meanwhile, and its plan be another.
+
+    Raises:
+        ValueError: there were jobs of SLURM, and no cluster answers.
+    """
+    noted = [(job, Task.read(sweep.root, job["plan"])) for job in jobs(sweep.root)]
+    # of a run that is done nobody asks, so that a sweep may be added to where there is no cluster
+    of_slurm = {str(job["job"]) for job, task in noted if job["executor"] == "slurm" and not task.is_finished}
+    try:
+        live = live_jobs(of_slurm)
+    except ValueError as error:
+        raise ValueError(
+            f"sweep {sweep.name} was submitted to SLURM, which does not say here whether its jobs are over ({error}); "
+            "type this where it does, or give the sweep another name with sweep="
+        ) from error
+    return {task.directory for job, task in noted if is_alive(job) or str(job["job"]) in live}
 
 
 def _short(directory: Path, sweep: Sweep) -> str:

@@ -15,11 +15,12 @@ from omegaconf import DictConfig
 from rlhf_lab import stopping
 from rlhf_lab.console import Console
 from rlhf_lab.environment import code_state
-from rlhf_lab.launch.compose import Plan, plan_run
+from rlhf_lab.launch.compose import Plan, key_of, plan_run
 from rlhf_lab.launch.execute import RunFailed, execute, preflight
 from rlhf_lab.launch.executors import Here
 from rlhf_lab.launch.job import REFUSED, STOPPED, Task
 from rlhf_lab.launch.multirun import Launching, check_points, launching_of, plan_points
+from rlhf_lab.launch.standing import take_back_stops
 from rlhf_lab.launch.sweep import SUBMISSION, Sweep, freeze, refuse_taken
 from rlhf_lab.run import has_begun
 from rlhf_lab.types import Metrics
@@ -63,6 +64,11 @@ def start_sweep(typed: Sequence[str]) -> int:
     """All points of a sweep: checked, frozen, then run here or handed over. Returns the exit code."""
     if "RANK" in os.environ:
         raise ValueError("a sweep starts the processes of its runs itself; use num_processes=<n> instead of torchrun")
+    if asked_for := [word for word in typed if key_of(word) == "returns" and word != "returns=null"]:
+        raise ValueError(
+            f"{asked_for[0]} is for a sweeper that asks for it, and -m alone has none; add hydra/sweeper=optuna, "
+            "or leave it away: the sweep's page compares every metric"
+        )
     plans, how = plan_points(typed)
     check_points(plans)
     refuse_taken(plans)
@@ -102,6 +108,7 @@ def run_here(sweep: Sweep, plans: Sequence[Plan]) -> int:
     stopping.listen()
     console = Console()
     console.say(f"sweep {sweep.root}: {len(plans)} runs")
+    take_back_stops(plan.directory for plan in plans)
     stopped: list[int] = []
     for i, plan in enumerate(plans, 1):
         console.say(f"[{i}/{len(plans)}] {plan.directory.name}")

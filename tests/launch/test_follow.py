@@ -9,16 +9,24 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_lab.launch import pool, slurm
 from rlhf_lab.launch.asking import asked
 from rlhf_lab.launch.claims import claim
 from rlhf_lab.launch.compose import Plan
+from rlhf_lab.launch.executors import Pool, Slurm
 from rlhf_lab.launch.follow import follow
 from rlhf_lab.launch.job import Task
 from rlhf_lab.launch.pool import process_started
-from rlhf_lab.launch.standing import standings
+from rlhf_lab.launch.standing import standings, under_way
+from rlhf_lab.launch.start import run_here
 from rlhf_lab.launch.sweep import Sweep, freeze, record_job
 from rlhf_lab.run import STOP, is_finished
 
+NOTHING = dict.fromkeys(("partition", "account", "qos", "constraint", "gres", "at_once"))
+SLURM = Slurm(
+    **{"nodes": 1, "cpus": 1, "mem_gb": 1.0, "time_min": 9, "signal_delay_s": 60, "requeues": 1, "restarts": 1},
+    **{"snapshot": False, "setup": (), "extra": {}, **NOTHING},
+)
 GIT = {"sha": "abc", "dirty": False, "diff": ""}
 POOL = {"kind": "pool", "at_once": 1, "devices": None, "restarts": 0}
 
@@ -216,6 +224,70 @@ def test_stop_asks_a_run_of_somebody_elses_terminal(place, processes, capsys):
     place.type("stop=alone")
     assert (run / STOP).exists()
     assert "1 asked to save and stop" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["sweeps/ours/s0", "ours/s0"])
+def test_stop_ends_the_job_of_one_run_that_waits(name, place, capsys, monkeypatch):
+    sweep = place.sweep("ours")
+    for k, run in enumerate(sweep.runs):
+        record_job(sweep.root, job=f"2_{k}", executor="slurm", plan=run.plan)
+    ended = tools(place, "2_0|PENDING|Resources|\n2_1|PENDING|Resources|\n", monkeypatch)
+    monkeypatch.chdir(place.root)
+    place.type(f"stop={name}")
+    assert "1 that waited will not begin" in capsys.readouterr().out
+    assert ended.read_text() == "2_0\n"
+
+
+def test_stop_of_one_run_leaves_the_pool_to_its_others(place, processes, capsys):
+    sweep = place.sweep("ours")
+    process = submit(sweep, processes)
+    place.type("stop=ours/s0")
+    assert [(run.directory / STOP).exists() for run in sweep.runs] == [True, False]
+    assert process.poll() is None
+    capsys.readouterr()
+
+
+def test_a_sweep_is_not_started_again_by_another_executor_while_its_jobs_live(place, processes, monkeypatch, tmp_path):
+    sweep = place.sweep("ours")
+    for k, run in enumerate(sweep.runs):
+        record_job(sweep.root, job=f"2_{k}", executor="slurm", plan=run.plan)
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho 2_0\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert under_way(sweep) == {sweep.runs[0].directory}
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match=r"whether its jobs are over .*another name with sweep="):
+        Pool(at_once=1, devices=None, restarts=0).submit(sweep)
+    for run in sweep.runs:
+        say(run.directory, "finished", metrics={})
+    assert under_way(sweep) == set()
+    submit(sweep, processes)
+    assert under_way(sweep) >= {run.directory for run in sweep.runs}
+
+
+def test_what_is_started_again_forgets_a_request_to_stop_but_not_what_runs(place, processes, monkeypatch):
+    sweep = place.sweep("here")
+    for run in sweep.runs:
+        (run.directory / STOP).touch()
+    processes.append(hold(sweep.runs[1].directory))
+    monkeypatch.setattr("rlhf_lab.launch.start.execute", lambda plan: None)
+    run_here(sweep, [sweep.plan(run.plan) for run in sweep.runs])
+    assert [(run.directory / STOP).exists() for run in sweep.runs] == [False, True]
+
+
+@pytest.mark.parametrize("kind", ["pool", "slurm"])
+def test_what_is_submitted_again_forgets_a_request_to_stop(kind, place, monkeypatch):
+    sweep = place.sweep("again")
+    (sweep.runs[0].directory / STOP).touch()
+    monkeypatch.setattr(pool, "_start", lambda job, sweep: "1")
+    monkeypatch.setattr(slurm._Submission, "send", lambda self, tasks, *more: {task.digest: "1_0" for task in tasks})
+    tools(place, "", monkeypatch)
+    if kind == "slurm":
+        (place.root / "bin/scontrol").write_text("#!/bin/sh\necho MaxArraySize = 9\n")
+        (place.root / "bin/scontrol").chmod(0o755)
+    settings = SLURM if kind == "slurm" else Pool(at_once=1, devices=None, restarts=0)
+    settings.submit(sweep)
+    assert not (sweep.runs[0].directory / STOP).exists()
 
 
 @pytest.mark.parametrize(
