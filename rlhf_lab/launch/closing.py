@@ -1,10 +1,12 @@
 """The end of a sweep: whoever does its last run draws the page over all of them."""
 
 import fcntl
+import sys
 import traceback
 from pathlib import Path
 
 from rlhf_lab.launch.sweep import SUBMISSION, Sweep
+from rlhf_lab.redaction import redact
 from rlhf_lab.status import read_status
 
 OVER = ("finished", "failed")
@@ -36,6 +38,8 @@ def close(root: Path) -> Path | None:
 
             return build_sweep_report(root)
         except Exception as error:
-            traceback.print_exception(error)
-            print(f"the sweep's page could not be drawn: {error}; python launch.py report={root} tries again")
+            print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+            print(
+                f"the sweep's page could not be drawn: {redact(str(error))}; python launch.py report={root} tries again"
+            )
             return None

@@ -103,7 +103,7 @@ def say_why(error: Exception, overrides: list[str], prefix: str = "") -> int:
     if not outcome.may_speak():
         return code
     if code == FAILED and not isinstance(error, RunFailed):
-        traceback.print_exception(error)
+        print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     for line in redact(message).splitlines():
         print(f"error: {prefix}{line}", file=sys.stderr)
     return code

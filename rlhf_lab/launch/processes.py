@@ -15,6 +15,7 @@ import zlib
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, cast
 
 from rlhf_lab.launch import outcome
@@ -119,14 +120,26 @@ def supervised(task: Task) -> int:
     """Do a run with all its processes in the foreground, what it needs included; returns its exit code.
 
     The launcher is a process of its own, which may hold back signals before it has any thread.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C came once more after a request to stop, which the first one is.
     """
     requests = Requests()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if requests.came:
+            raise KeyboardInterrupt
+        requests.came.append(signal.SIGTERM)
+        print("interrupted; it saves and stops at its next step, and at once if interrupted again", file=sys.stderr)
+
+    before = signal.signal(signal.SIGINT, interrupt)
     requests.listen()
     whole = replace(task, needs=())  # its ranks build what it needs, as a run of one process does
     try:
         return Supervisor(whole, requests, restarts=RESTARTS, limit_s=math.inf).wait()
     finally:
         requests.restore()
+        signal.signal(signal.SIGINT, before)
 
 
 def pass_on(agent: "LocalElasticAgent") -> None:

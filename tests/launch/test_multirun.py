@@ -137,3 +137,8 @@ def test_the_name_says_what_varies_and_is_that_of_the_same_command(untouched: Pa
 )
 def test_other_launchers_and_sweepers_of_hydra_are_left_to_hydra(typed: str, ours: bool):
     assert is_sweep(typed.split()) is ours
+
+
+def test_a_metric_for_a_sweeper_is_refused_where_there_is_none(untouched: Path):
+    with pytest.raises(ValueError, match=r"returns=eval/x is for a sweeper .*hydra/sweeper=optuna"):
+        start_sweep(["algorithm=sft", "seed=0,1", "returns=eval/x", *places(untouched)])

@@ -16,6 +16,7 @@ import pytest
 from rlhf_lab.launch.compose import ROOT
 from rlhf_lab.launch.job import FAILED, FINISHED, REFUSED, STOPPED
 from rlhf_lab.launch.processes import FIRST_PORT, PORTS, Place, per_node
+from tests.launch.test_job import SAVES_WHEN_ASKED
 
 SMOKE = ("debug=smoke",)
 METHODS = {
@@ -92,6 +93,40 @@ def alone(runs: Path) -> Callable[[str], Path]:
         return directory
 
     return of
+
+
+SUPERVISED = """
+import sys
+from pathlib import Path
+from rlhf_lab.launch.processes import supervised
+from tests.launch.test_job import scripted
+sys.exit(supervised(scripted(Path(sys.argv[1]), sys.argv[2])))
+"""
+DEAF = """
+import signal, time
+for request in (signal.SIGUSR2, signal.SIGTERM): signal.signal(request, signal.SIG_IGN)
+open('listens', 'w').close()
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(("times", "script"), [(1, SAVES_WHEN_ASKED.format(before="")), (2, DEAF)])
+def test_an_interrupt_has_the_processes_save_and_a_second_one_ends_them(times, script, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    command = [sys.executable, "-c", SUPERVISED, str(run), script]
+    shown = subprocess.Popen(
+        command, cwd=ROOT, env={**environment(), "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True
+    )
+    wait_for((run / "listens").exists, shown)
+    for _ in range(times):
+        shown.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    _, said = shown.communicate(timeout=60)
+    assert "saves and stops at its next step" in said
+    assert (run / "saved").exists() == (times == 1)
+    assert (shown.returncode == STOPPED) == (times == 1)
+    assert ("KeyboardInterrupt" in said) == (times == 2)
 
 
 @pytest.mark.slow

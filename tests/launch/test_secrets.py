@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_lab.launch.main import FAILED, say_why
 from rlhf_lab.launch.sweep import Sweep
 
 PLANTED = {
@@ -22,6 +23,18 @@ def holding(folder: Path) -> list[str]:
     files = [path for path in folder.rglob("*") if path.is_file()]
     found += [path for path in files if any(secret.encode() in path.read_bytes() for secret in PLANTED.values())]
     return [str(path.relative_to(folder)) for path in found]
+
+
+def test_a_traceback_holds_no_secret(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    secret = PLANTED["DATABASE_PASSWORD"]
+    monkeypatch.setenv("DATABASE_PASSWORD", secret)
+    with pytest.raises(RuntimeError) as raised:
+        raise RuntimeError("no answer") from OSError(f"postgres://user:{secret}@host")
+    assert say_why(raised.value, []) == FAILED
+    said = capsys.readouterr()
+    assert "no answer" in said.err
+    assert "postgres://user:" in said.err
+    assert secret not in said.out + said.err
 
 
 def wait_for(sweep: Sweep, seconds: float = 300) -> None:
