@@ -36,6 +36,7 @@ def test_who_ends_last_draws_the_page_once(tmp_path: Path):
     assert close(sweep.root) is None
     end(sweep, 1, "failed")
     page = close(sweep.root)
+    assert page is not None
     assert page == sweep.root / "report.html"
     assert page.stat().st_size > 1000
     assert close(sweep.root) is None
