@@ -52,7 +52,8 @@ def test_two_nodes_with_two_processes_each_do_what_four_on_one_node_do(desk: Des
     assert differences(results(undisturbed), results(desk.run("one_node"))) == []
 
 
-@pytest.mark.parametrize("rank", [-1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [-1, 0])
 def test_ranks_continue_together_after_one_of_them_was_killed(desk: Desk, undisturbed: Path, rank: int):
     name = f"killed{rank}"
     desk.launch(*FOUR, f"name={name}")
