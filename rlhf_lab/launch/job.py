@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +74,15 @@ class Task:
         nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) if in_slurm() else 1
         module = "worker" if self.num_processes == 1 and nodes == 1 else "processes"
         return [sys.executable, "-u", "-m", f"rlhf_lab.launch.{module}", str(self.root), self.digest]
+
+
+def missing(run: Task) -> Iterator[Task]:
+    """What a run needs, itself or through others, that is not finished; each after its own needs."""
+    for digest in run.needs:
+        needed = Task.read(run.root, digest)
+        if not needed.is_finished:
+            yield from missing(needed)
+            yield needed
 
 
 def status(directory: Path) -> dict[str, Any]:

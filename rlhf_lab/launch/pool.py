@@ -16,7 +16,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_lab.launch.job import FINISHED, POLL_S, STOPPED, JobFailed, Requests, Supervisor, Task, die_with_parent, say
+from rlhf_lab.launch.job import (
+    FINISHED,
+    POLL_S,
+    STOPPED,
+    JobFailed,
+    Requests,
+    Supervisor,
+    Task,
+    die_with_parent,
+    missing,
+    say,
+)
 
 if TYPE_CHECKING:
     from rlhf_lab.launch.executors import Pool
@@ -106,9 +117,8 @@ def submit(settings: "Pool", sweep: "Sweep") -> list[dict[str, Any]]:
 
 def _submit(settings: "Pool", sweep: "Sweep") -> list[dict[str, Any]]:
     from rlhf_lab.console import Console
-    from rlhf_lab.launch.slurm import missing, shown
     from rlhf_lab.launch.standing import take_back_stops, under_way
-    from rlhf_lab.launch.sweep import jobs, record_job
+    from rlhf_lab.launch.sweep import jobs, record_job, shown
 
     console = Console()
     busy = under_way(sweep)

@@ -19,13 +19,13 @@ from rlhf_lab.launch.claims import claim, claiming
 from rlhf_lab.launch.compose import ROOT
 from rlhf_lab.launch.controller import array_of, largest_array
 from rlhf_lab.launch.executors import Slurm
-from rlhf_lab.launch.job import Task
+from rlhf_lab.launch.job import Task, missing
 from rlhf_lab.launch.processes import per_node
 from rlhf_lab.launch.schedule import waves
 from rlhf_lab.launch.slurm_job import RunJob
 from rlhf_lab.launch.snapshot import environment, snapshot
 from rlhf_lab.launch.standing import take_back_stops, under_way
-from rlhf_lab.launch.sweep import SUBMISSION, Sweep, jobs, record_job
+from rlhf_lab.launch.sweep import Sweep, jobs, record_job, shown
 
 # SLURM itself requeues after a node's failure, a run asks for it when it is warned; but not when the step is killed
 # (137), or warned before it can listen (140: ended by USR2)
@@ -83,15 +83,6 @@ def _submit(settings: Slurm, sweep: Sweep) -> list[dict[str, Any]]:
             raise
     _say(sweep, runs, submitted, waited_for, time.monotonic() - begun)
     return submitted
-
-
-def missing(run: Task) -> Iterator[Task]:
-    """What a run needs, itself or through others, that is not finished; each after its own needs."""
-    for digest in run.needs:
-        needed = Task.read(run.root, digest)
-        if not needed.is_finished:
-            yield from missing(needed)
-            yield needed
 
 
 def refuse_extra(extra: Mapping[str, Any]) -> None:
@@ -238,11 +229,3 @@ def _say(
         behind = f", after {' and '.join(after)}" if after else ""
         console.say(f"submitted {len(runs)} runs as job {', '.join(arrays)}{behind}, in {took:.1f} s")
     console.say(f"follow them with: python launch.py status={shown(sweep)}")
-
-
-def shown(sweep: Sweep) -> str:
-    """How a person names the sweep."""
-    root = sweep.root.parent if sweep.root.name == SUBMISSION else sweep.root
-    shown = os.path.relpath(root)
-    first, _, rest = shown.partition("/")
-    return str(root) if first == ".." else rest if rest and first in ("sweeps", "runs") else shown

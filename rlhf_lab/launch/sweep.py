@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from rlhf_lab.engine.checkpoint import write_atomically
+from rlhf_lab.engine.checkpoint import append_line, write_atomically
 from rlhf_lab.launch.check import near
 from rlhf_lab.launch.compose import Plan, in_order, key_of
 from rlhf_lab.run import INCIDENTAL, RunRefused, difference
@@ -272,8 +272,7 @@ def submitting(root: Path) -> Iterator[None]:
 def record_job(root: Path, *, job: str, executor: str, plan: str, **more: Any) -> None:
     """Note that a job was submitted for a plan of the sweep."""
     line = {"job": job, "executor": executor, "plan": plan, "submitted": time.strftime("%F %T"), **more}
-    with (root / "jobs.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    append_line(root / "jobs.jsonl", json.dumps(line))
 
 
 def jobs(root: Path) -> list[dict[str, Any]]:
@@ -320,3 +319,11 @@ def _sweeps(place: Path) -> Iterator[Path]:
             children[:] = [child for child in children if child == SUBMISSION]
         elif "sweep.json" in files:
             children[:] = [child for child in children if child not in ("plans", "log", "code", "plots")]
+
+
+def shown(sweep: Sweep) -> str:
+    """How a person names the sweep."""
+    root = sweep.root.parent if sweep.root.name == SUBMISSION else sweep.root
+    shown = os.path.relpath(root)
+    first, _, rest = shown.partition("/")
+    return str(root) if first == ".." else rest if rest and first in ("sweeps", "runs") else shown

@@ -9,8 +9,7 @@ import pytest
 import yaml
 
 from rlhf_lab.launch.compose import Plan
-from rlhf_lab.launch.slurm import shown
-from rlhf_lab.launch.sweep import SUBMISSION, Sweep, find, freeze, jobs, names, record_job
+from rlhf_lab.launch.sweep import SUBMISSION, Sweep, find, freeze, jobs, names, record_job, shown
 from rlhf_lab.report.sweep_runs import ABSENT, read_sweep
 from rlhf_lab.run import RunRefused
 
