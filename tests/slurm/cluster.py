@@ -153,7 +153,7 @@ class Cluster:
 
         Raises:
             Unavailable: not root, no device files can be made, or the folder's name is too long.
-        ValueError: no GPU.
+            ValueError: no GPU, or a folder above it is closed to other users.
         """
         root = root.resolve()
         if os.geteuid() != 0:
@@ -162,6 +162,9 @@ class Cluster:
             raise ValueError(f"--gpus {gpus}: a node needs at least one, as SLURM refuses devices that do not exist")
         if len(str(root / "munge/socket.lock")) > LONGEST_SOCKET:
             raise Unavailable(f"{root} is too long a name for a socket; choose a shorter --root")
+        closed = [folder for folder in root.parents if not folder.stat().st_mode & stat.S_IXOTH]
+        if closed:
+            raise ValueError(f"munge needs folders that all users may enter: chmod o+x {closed[0]}, or another --root")
         if (root / "cluster.json").exists():
             return cls.read(root)
         cluster = cls(root=root, nodes=nodes, cpus=cpus, gpus=gpus, ports=tuple(free_ports(2 + nodes)))
