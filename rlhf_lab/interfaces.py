@@ -1,12 +1,12 @@
 """The protocols that parts meet through. A class satisfies one by having its members; nothing is inherited."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from rlhf_lab.records import Prompt
+from rlhf_lab.records import Comparison, Prompt, Verdict
 from rlhf_lab.types import Experience, Metrics, PromptBatch, Rollout, Score, ScoredRollout, Term
 
 
@@ -232,6 +232,22 @@ class GaussianAggregate(Protocol):
     """(B, M) normalised member means and (B, M) variances -> (B,) the ensemble's score."""
 
     def __call__(self, members: Tensor, variances: Tensor) -> Tensor: ...
+
+
+class Judge(Protocol):
+    """Compares responses, one pair at a time, by a named criterion."""
+
+    def check(self, criteria: Collection[str]) -> None:
+        """Refuse criteria that it does not know, and settings that cannot work; before any weights are loaded."""
+        ...
+
+    def load(self, hardware: Any, template: Any) -> "Judge":
+        """Ready to compare: with its weights, if it has any."""
+        ...
+
+    def compare(self, comparisons: Sequence[Comparison], criterion: str) -> list[Verdict]:
+        """One verdict for each comparison, in their order. What was paid for is asked once, even after a crash."""
+        ...
 
 
 class Tracker(Protocol):

@@ -144,3 +144,47 @@ class SafetyPair:
             safer_is_unsafe=self.unsafer_is_unsafe,
             unsafer_is_unsafe=self.safer_is_unsafe,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two responses to a prompt that a judge is asked to compare, in either order."""
+
+    prompt: Prompt
+    responses: tuple[str, str]
+
+    @property
+    def swapped(self) -> "Comparison":
+        """The same with the other response first."""
+        return Comparison(prompt=self.prompt, responses=(self.responses[1], self.responses[0]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What a judge says of a comparison by one criterion.
+
+    Fields:
+        by_order: 1 where the comparison's first response is better, 0 where its second is, 0.5 for a tie: said when the
+            first was shown first, and when it was shown second. None where that order was not asked, or the reply
+            could not be read.
+        scores: of the comparison's first and second response, for criteria that give numbers; averaged over the orders
+            that were read; None for those that do not.
+        reasons: what the judge wrote, by order; "" for nothing.
+        asked: how many orders were asked.
+    """
+
+    by_order: tuple[float | None, float | None]
+    scores: tuple[float, float] | None = None
+    reasons: tuple[str, str] = ("", "")
+    asked: int
+
+    @property
+    def wins(self) -> float | None:
+        """How far the first response wins, averaged over the orders that were asked; None unless all could be read."""
+        read = [value for value in self.by_order if value is not None]
+        return sum(read) / len(read) if read and len(read) == self.asked else None
+
+    @property
+    def is_consistent(self) -> bool:
+        """Whether both orders were read and say the same."""
+        return None not in self.by_order and self.by_order[0] == self.by_order[1]
