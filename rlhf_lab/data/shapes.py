@@ -8,8 +8,8 @@ Row = Mapping[str, Any]
 Shape = Callable[[Row], list[dict[str, Any]]]
 
 
-class Dropped(Exception):  # noqa: N818 - no error: the row is as its source says, but not of the kind that is wanted
-    """Raised by a shape for a row that is left out; the text says why, in words that many rows share."""
+class Dropped(Exception):
+    """Raised by a shape for a row that is left out, which is no error; the text says why, in words that rows share."""
 
 
 def shaped(
