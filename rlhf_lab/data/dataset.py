@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_lab.data import tiny_help
+from rlhf_lab.data.selection import Selection
+from rlhf_lab.data.shapes import Shape, shaped
 from rlhf_lab.data.tables import (
     TEXTS,
     BadRows,
@@ -97,6 +99,8 @@ class Dataset:
         hold_out: share of the prompts of a data set with a single split that becomes its held-out split: the first of
             eval_splits, "test" if that is null. Of quadruples it is the share of the strong prompts.
         seed: of what is drawn: the embedded world's records, or the subset of a larger table.
+        shape: turns a row of the source into rows with the names here, before anything else; see `data.shapes`.
+        select: says which of these rows are read at all; see `data.selection`.
     """
 
     def __init__(
@@ -116,8 +120,11 @@ class Dataset:
         eval_size: Count,
         hold_out: Fraction,
         seed: int,
+        shape: Shape | None = None,
+        select: Selection | None = None,
     ) -> None:
         self.path, self.revision = path, revision
+        self.shape, self.select = shape, select
         self.columns = {name: column for name, column in columns.items() if column is not None}
         self.template_style: Style = template
         self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
@@ -477,7 +484,7 @@ class Dataset:
         if self._splits is None:
             texts = [self._column(name) for name in TEXTS]
             read = read_splits(self.path, self.revision, texts)
-            tables = {split: self._apart(rows, split) for split, rows in read.items()}
+            tables = {split: self._apart(self._chosen(rows, split), split) for split, rows in read.items()}
             wanted = ("test",) if self.eval_splits is None else self.eval_splits
             if len(tables) == 1 and any(tables.values()) and self.hold_out_share and wanted and wanted[0] not in tables:
                 [(only, rows)] = tables.items()
@@ -493,6 +500,24 @@ class Dataset:
                     self.notes.append(f"{self.path} has one split and one {column}: nothing is held out")
             self._splits = tables
         return self._splits
+
+    def _chosen(self, rows: Rows, split: str) -> Rows:
+        """The rows in the shape that is read here, and of these the selected ones; the others are counted."""
+        reasons: dict[str, int] = {}
+        total, made = len(rows), rows
+        if self.shape is not None:
+            made, _, dropped = shaped(rows, self.shape, self._name(split))
+            reasons |= {reason: len(numbers) for reason, numbers in dropped.items()}
+        if self.select is not None:
+            chosen = self.select(made)
+            made = [made[i] for i in chosen.kept]
+            reasons |= {reason: len(numbers) for reason, numbers in chosen.dropped.items()}
+        if reasons:
+            found = "; ".join(f"{count} with {reason}" for reason, count in reasons.items())
+            self.notes.append(f"{self._name(split)}: not read, of {total} rows: {found}")
+            if not made:
+                raise ValueError(f"{self._name(split)}: no row is left of {total}: {found}; see dataset.shape, .select")
+        return made
 
     def _hashed(self, rows: Rows, split: str) -> str:
         """The column whose hash says which rows are held out: the prompt, of quadruples that of the stronger pair.
