@@ -237,8 +237,11 @@ class GaussianAggregate(Protocol):
 class Judge(Protocol):
     """Compares responses, one pair at a time, by a named criterion."""
 
-    def check(self, criteria: Collection[str]) -> None:
-        """Refuse criteria that it does not know, and settings that cannot work; before any weights are loaded."""
+    def check(self, criteria: Collection[str], promised: Collection[str] = ()) -> None:
+        """Refuse criteria that it does not know, and settings that cannot work; before any weights are loaded.
+
+        `promised` paths will be there by the time it is loaded.
+        """
         ...
 
     def load(self, hardware: Any, template: Any) -> "Judge":
