@@ -1,6 +1,7 @@
 """The cluster itself does what the other tests rely on: GPUs are given out, exit codes are seen, jobs are preempted."""
 
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -81,9 +82,16 @@ def test_only_its_own_processes_are_ended(cluster: Cluster, tmp_path: Path):
     assert cluster.pid_of("slurmctld") is not None
 
 
-def test_a_cluster_that_did_not_start_leaves_nothing_behind(cluster: Cluster, tmp_path: Path):
-    assert tmp_path.stat().st_mode & 0o077 == 0  # munge wants folders that every user may enter
-    closed = Cluster.make(tmp_path / "closed", nodes=1, cpus=1, gpus=1)
+def test_a_folder_that_other_users_may_not_enter_is_refused(tmp_path: Path):
+    assert tmp_path.stat().st_mode & 0o077 == 0
+    with pytest.raises(ValueError, match=f"chmod o\\+x {tmp_path}"):
+        Cluster.make(tmp_path / "closed", nodes=1, cpus=1, gpus=1)
+    assert not (tmp_path / "closed").exists()
+
+
+def test_a_cluster_that_did_not_start_leaves_nothing_behind():
+    closed = Cluster.make(Path(tempfile.mkdtemp(prefix="lab-slurm-")), nodes=1, cpus=1, gpus=1)
+    closed.root.chmod(0o700)  # munge wants folders that every user may enter
     with pytest.raises(RuntimeError, match=r"munged did not come up(.|\n)*execute permissions"):
         closed.start()
     closed.purge()

@@ -113,7 +113,7 @@ def test_an_artifact_that_two_sweeps_need_is_built_once_though_its_builder_is_ki
     noted = [job["job"] for name in ("one", "other") for job in submitted(desk.sweep(name))]
     assert len(noted) == 4 + len(builders)  # a job for each run and each artifact
     builder = desk.run("tiny_help/a0/preferences")
-    assert wait_until(builder.exists, PATIENCE)
+    assert wait_until((builder / "status.json").exists, PATIENCE)
     (job,) = {builders[one["plan"]] for one in sweep_of(desk, "one")["artifacts"] if one["directory"] == str(builder)}
     desk.cluster.ask("scancel", "--signal=KILL", f"{job}.0")
     for root in (desk.sweep("one"), desk.sweep("other")):
