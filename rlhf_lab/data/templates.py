@@ -1,5 +1,6 @@
 """How a conversation becomes tokens: the prompt up to where the model speaks, and the response with its EOS."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from rlhf_lab.records import Message, Prompt
@@ -56,6 +57,29 @@ class Template:
         # a chat template writes its own BOS; the others take that of tokenizers that have one
         tokens = self.tokenizer(self._written(prompt.spoken), add_special_tokens=self.style != "chat").input_ids
         return tokens[:-1] if self.style != "chat" and tokens[-1] == self.eos else tokens
+
+    def prompts_tokens(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """`prompt_tokens` of each, many at once, which is several times as fast."""
+        if not prompts:
+            return []
+        written = [self._written(prompt.spoken) for prompt in prompts]
+        many = self._tokens_of(written, add_special_tokens=self.style != "chat")
+        return [each[:-1] if self.style != "chat" and each[-1] == self.eos else each for each in many]
+
+    def responses_tokens(self, responses: Sequence[str]) -> list[list[int]]:
+        """`response_tokens` of each, of responses that ended, many at once."""
+        return [[*each, self.eos] for each in self._tokens_of(responses, add_special_tokens=False)] if responses else []
+
+    def _tokens_of(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return cast(list[list[int]], self.tokenizer(list(texts), add_special_tokens=add_special_tokens).input_ids)
+        # what the tokenizer sets itself before each call; it then builds offsets and masks, which take the most time
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = self.tokenizer.split_special_tokens
+        encoded = backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [each.ids for each in encoded]
 
     def said_before(self, prompt: Prompt) -> list[bool]:
         """Which of `prompt_tokens` the assistant said in earlier turns, with the EOS where one follows.
