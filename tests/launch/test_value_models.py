@@ -27,10 +27,8 @@ def test_a_model_told_what_counts_learns_the_words_for_it(plan_of):
     plan = plan_of("algorithm=conditioned_reward_model")
     assert plan.config["model"]["new_tokens"] == ["<helpful>", "<humour>"]
     [needed] = [needed for needed in plan.needs if needed.directory.name == "conditioned_preferences"]
-    wording = plan_of("conditions=tiny_help", "model.new_tokens=['<helpful>','<humour>']").config["conditions"][
-        "wording"
-    ]
-    assert needed.config["stage"]["conditions"] == wording
+    registry = plan_of("conditions=tiny_help").config["conditions"]["registry"]
+    assert needed.config["stage"]["conditions"] == registry["policy"] == registry["reward_model"]
     assert {needed.directory.name for needed in needed.needs} == {"preferences", "humour_preferences"}
 
 
