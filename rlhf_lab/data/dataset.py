@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_lab.data import tiny_help
+from rlhf_lab.data.paths import reached
 from rlhf_lab.data.selection import Selection
 from rlhf_lab.data.shapes import Shape, shaped
 from rlhf_lab.data.tables import (
@@ -101,6 +102,10 @@ class Dataset:
         seed: of what is drawn: the embedded world's records, or the subset of a larger table.
         shape: turns a row of the source into rows with the names here, before anything else; see `data.shapes`.
         select: says which of these rows are read at all; see `data.selection`.
+        rest: null, and the rows that are not selected are left out; or a name: those of a split are then a split of
+            their own, `<split>_<rest>`, such as test_ood beside test.
+        files: split -> which files of the hub data set or of the folder it is, by patterns such as data/train-*; null
+            for those that are named by split. A path that is a file is read whole.
     """
 
     def __init__(
@@ -122,9 +127,11 @@ class Dataset:
         seed: int,
         shape: Shape | None = None,
         select: Selection | None = None,
+        rest: str | None = None,
+        files: Mapping[str, str | Sequence[str]] | None = None,
     ) -> None:
-        self.path, self.revision = path, revision
-        self.shape, self.select = shape, select
+        self.path, self.revision, self.files = path, revision, files
+        self.shape, self.select, self.rest = shape, select, rest
         self.columns = {name: column for name, column in columns.items() if column is not None}
         self.template_style: Style = template
         self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
@@ -483,8 +490,10 @@ class Dataset:
     def _tables(self) -> dict[str, Rows]:
         if self._splits is None:
             texts = [self._column(name) for name in TEXTS]
-            read = read_splits(self.path, self.revision, texts)
-            tables = {split: self._apart(self._chosen(rows, split), split) for split, rows in read.items()}
+            read = read_splits(self.path, self.revision, texts, self.files)
+            tables: dict[str, Rows] = {}
+            for split, rows in read.items():
+                tables |= {name: self._apart(part, name) for name, part in self._chosen(rows, split).items()}
             wanted = ("test",) if self.eval_splits is None else self.eval_splits
             if len(tables) == 1 and any(tables.values()) and self.hold_out_share and wanted and wanted[0] not in tables:
                 [(only, rows)] = tables.items()
@@ -501,23 +510,29 @@ class Dataset:
             self._splits = tables
         return self._splits
 
-    def _chosen(self, rows: Rows, split: str) -> Rows:
-        """The rows in the shape that is read here, and of these the selected ones; the others are counted."""
+    def _chosen(self, rows: Rows, split: str) -> dict[str, Rows]:
+        """The rows in the shape that is read here, and of these the selected ones; the others apart, or counted."""
         reasons: dict[str, int] = {}
         total, made = len(rows), rows
         if self.shape is not None:
             made, _, dropped = shaped(rows, self.shape, self._name(split))
             reasons |= {reason: len(numbers) for reason, numbers in dropped.items()}
+        made = reached(made, self.columns.values())
+        chosen = {split: made}
         if self.select is not None:
-            chosen = self.select(made)
-            made = [made[i] for i in chosen.kept]
-            reasons |= {reason: len(numbers) for reason, numbers in chosen.dropped.items()}
+            selected = self.select(made)
+            chosen[split] = [made[i] for i in selected.kept]
+            if self.rest is None:
+                reasons |= {reason: len(numbers) for reason, numbers in selected.dropped.items()}
+            else:
+                others = sorted(number for numbers in selected.dropped.values() for number in numbers)
+                chosen[f"{split}_{self.rest}"] = [made[i] for i in others]
         if reasons:
             found = "; ".join(f"{count} with {reason}" for reason, count in reasons.items())
             self.notes.append(f"{self._name(split)}: not read, of {total} rows: {found}")
-            if not made:
+            if not chosen[split]:
                 raise ValueError(f"{self._name(split)}: no row is left of {total}: {found}; see dataset.shape, .select")
-        return made
+        return chosen
 
     def _hashed(self, rows: Rows, split: str) -> str:
         """The column whose hash says which rows are held out: the prompt, of quadruples that of the stronger pair.

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from pyarrow import csv, ipc, parquet
 
+from rlhf_lab.data.hub import Named, files_of, from_hub
 from rlhf_lab.records import Message, Prompt
 
 BadRows = Literal["error", "drop"]
@@ -163,11 +164,14 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def read_splits(path: str, revision: str | None, texts: Collection[str] = TEXTS) -> dict[str, Rows]:
+def read_splits(
+    path: str, revision: str | None, texts: Collection[str] = TEXTS, named: Named | None = None
+) -> dict[str, Rows]:
     """split -> rows of a file (one split, "train"), a folder of files named by split, or a hub data set.
 
     Args:
         texts: columns of texts, see `read_table`.
+        named: split -> patterns of its files in the folder or the hub data set; None for those that are named by split.
 
     Raises:
         ValueError: there is nothing to read, or a file cannot be read as what its name says.
@@ -177,7 +181,9 @@ def read_splits(path: str, revision: str | None, texts: Collection[str] = TEXTS)
     if place.is_file():
         files = {"train": [place]}
     elif place.is_dir():
-        files = _split_files(place)
+        files = _split_files(place) if named is None else files_of(place, named)
+    elif named is not None:
+        return from_hub(path, revision, named)
     else:
         return _from_hub(path, revision)
     return {split: [row for part in parts for row in read_table(part, texts)] for split, parts in files.items()}
