@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from scipy.stats import binom
 from torch.testing import assert_close
 
 from rlhf_lab.functional.ratings import bradley_terry, elo, elo_interval, linked
@@ -64,18 +65,16 @@ def test_games_without_finite_ratings_are_refused_and_virtual_ties_make_them_fin
     assert first - second == pytest.approx(math.log(20.5 / 0.5))
 
 
-def test_the_interval_covers_as_often_as_it_says():
-    source = torch.Generator().manual_seed(1)
-    true, hits, studies = 400 / math.log(10) * 0.5, 0, 100
-    for study in range(studies):
-        won = (torch.rand(80, generator=source) < torch.sigmoid(torch.tensor(0.5))).double()
-        games = torch.zeros(80, 2, 2, dtype=torch.float64)
-        games[:, 0, 1], games[:, 1, 0] = won, 1 - won
-        low, high, left_out = elo_interval(games, 0.0, 1, 0.0, 200, study)
-        assert left_out == 0
-        assert low[1] == high[1] == 0
-        hits += bool(low[0] <= true <= high[0])
-    assert 88 <= hits <= 99
+def test_the_ends_of_two_players_are_those_of_binomial_wins():
+    won = (torch.arange(200) < 130).double()
+    games = torch.zeros(200, 2, 2, dtype=torch.float64)
+    games[:, 0, 1], games[:, 1, 0] = won, 1 - won
+    low, high, left_out = elo_interval(games, 0.0, 1, 0.0, 2000, 0)
+    assert left_out == 0
+    assert low[1] == high[1] == 0
+    for end, level in ((low, 0.025), (high, 0.975)):
+        share = 1 / (1 + 10 ** (-end[0].item() / 400))
+        assert 200 * share == pytest.approx(binom.ppf(level, 200, 0.65), abs=1.01)
 
 
 def test_an_interval_of_games_that_seldom_have_ratings_says_that_it_is_unknown():
