@@ -43,6 +43,7 @@ NEEDS = {
     "prompts": (["prompt"], "a run on prompts"),
     "demonstrations": (["prompt", "response"], "supervised fine-tuning"),
     "preferences": (["prompt"], "a reward model"),
+    "pairs": (["prompt", "response_0", "response_1"], "a judge"),
     "rankings": (["prompt", "responses"], "a reward model of rankings"),
     "quadruples": (
         [f"{strength}_{name}" for strength in ("strong", "weak") for name in ("prompt", "chosen", "rejected")],
@@ -67,6 +68,7 @@ MAY_READ = {
         "score_1",
         "condition",
     ),
+    "pairs": ("messages",),
     "rankings": ("ranks", "condition"),
     "quadruples": ("strong_condition", "weak_condition", "condition"),
     "safety_pairs": ("condition",),
