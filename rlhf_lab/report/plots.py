@@ -267,7 +267,7 @@ def learning(run: Run) -> list[Panel]:
     """Losses and accuracies of runs that only train: SFT, reward and cost models, offline methods."""
     names = [name.split("/", 2)[2] if name.startswith("eval/") else name for name in run.names]
     of_the_policy = ("loss/policy_avg", "loss/value_avg")
-    learned = [name for name in names if name.startswith("loss") or "accuracy" in name]
+    learned = [n for n in names if n.startswith("loss") or ("accuracy" in n and not n.startswith("value_model/"))]
     wanted = dict.fromkeys(
         name.removesuffix("/mean") for name in learned if not name.endswith("/ci95") and name not in of_the_policy
     )
@@ -411,6 +411,8 @@ def metric_label(metric: str) -> str:
     head, _, rest = metric.partition("/")
     if metric == "kl":
         return "KL to the reference (nats)"
+    if metric in ("kl_k2", "kl_k3"):
+        return f"its estimate {metric.removeprefix('kl_')} (nats)"
     if metric == "completions/mean_length":
         return "length (tokens)"
     if metric == "completions/truncated_ratio":

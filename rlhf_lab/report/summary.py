@@ -114,7 +114,7 @@ def table(run: Run, split: str) -> Table:
 
 
 def order(metric: str) -> int:
-    first = ("gold", "rewards", "cost", "kl", "completions")
+    first = ("gold", "rewards", "cost", "kl", "kl_k2", "kl_k3", "completions")
     head = metric.split("/")[0]
     return first.index(head) if head in first else len(first)
 

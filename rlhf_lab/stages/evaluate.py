@@ -9,7 +9,7 @@ from rlhf_lab.data.templates import Template
 from rlhf_lab.engine.generate import Generator, Sampling
 from rlhf_lab.engine.models import LEARNT, Hardware, ModelPaths, check_path, load_frozen, load_tokenizer, new_token_ids
 from rlhf_lab.engine.score import Scorer
-from rlhf_lab.evaluation.evaluator import Evaluator, under_conditions
+from rlhf_lab.evaluation.evaluator import Evaluator, leave_table, under_conditions
 from rlhf_lab.interfaces import Conditions
 from rlhf_lab.rewards.gold import Gold
 from rlhf_lab.run import Run
@@ -106,5 +106,6 @@ class Evaluate:
             run.warn(0, "the reference is the policy itself: its KL is 0; name what it started from, model.reference=")
         metrics, rows = bench.measure(self.model.policy)
         run.write_rows("samples/step_000000.jsonl", rows)
+        leave_table(run, 0, rows, bench.scorer, bench.sampling)
         run.log(0, metrics)
         return metrics

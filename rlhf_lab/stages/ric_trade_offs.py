@@ -9,7 +9,7 @@ from rlhf_lab.data.reward_conditions import RewardContext
 from rlhf_lab.data.tables import Rows
 from rlhf_lab.engine.generate import Generator
 from rlhf_lab.engine.score import Scorer
-from rlhf_lab.evaluation.evaluator import Evaluator
+from rlhf_lab.evaluation.evaluator import Evaluator, leave_table
 from rlhf_lab.run import Run
 from rlhf_lab.types import Metrics
 
@@ -41,6 +41,7 @@ class TradeOffs:
         """
         measured, samples = self.evaluator.evaluate(engine, self.scorer)
         run.write_rows(f"samples/step_{step:06d}.jsonl", samples)
+        leave_table(run, step, samples, self.scorer, engine.sampling)
         names = self.context.names
         signs = torch.tensor([-1.0 if name in self.costs else 1.0 for name in names])
         grid: Rows = []

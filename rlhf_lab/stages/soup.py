@@ -10,6 +10,7 @@ from rlhf_lab.data.tables import read_table
 from rlhf_lab.engine.generate import Sampling
 from rlhf_lab.engine.models import Hardware, ModelPaths
 from rlhf_lab.engine.soups import Space, check_soup, merge
+from rlhf_lab.evaluation.evaluator import leave_table
 from rlhf_lab.functional.simplex import simplex_lattice
 from rlhf_lab.interfaces import Conditions
 from rlhf_lab.run import Run
@@ -90,6 +91,7 @@ class Soup:
             run.make("data", partial(write_splits, {"lattice": table}))
         metrics, rows = bench.measure(str(policy))
         run.write_rows(f"samples/step_{len(points):06d}.jsonl", rows)
+        leave_table(run, len(points), rows, bench.scorer, bench.sampling)
         run.log(len(points), metrics | _named(self.weights))
         return run.last
 

@@ -37,6 +37,7 @@ from rlhf_lab.engine.models import (
 )
 from rlhf_lab.engine.packing import check_packing, pack, packed_forward
 from rlhf_lab.engine.score import by_length, microbatches
+from rlhf_lab.evaluation.evaluator import leave_table
 from rlhf_lab.interfaces import Guided, Observant, OfflineAlgorithm, Stateful
 from rlhf_lab.run import Run
 from rlhf_lab.seeds import derive, generator
@@ -283,6 +284,7 @@ class TrainOffline:
         engine = Generator(model.eval(), bench.evaluator.template, bench.sampling)
         metrics, rows = bench.evaluator.evaluate(engine, bench.scorer)
         run.write_rows(f"samples/step_{step:06d}.jsonl", rows)
+        leave_table(run, step, rows, bench.scorer, bench.sampling)
         return metrics
 
     def _with_reference(self, run: Run, split: str, template: Template, records: Sequence[Any]) -> Lesson:

@@ -34,7 +34,7 @@ from rlhf_lab.engine.models import (
     save_model,
 )
 from rlhf_lab.engine.score import Scorer
-from rlhf_lab.evaluation.evaluator import Evaluator, under_conditions
+from rlhf_lab.evaluation.evaluator import Evaluator, leave_table, under_conditions
 from rlhf_lab.evaluation.metrics import rollout_metrics, warnings
 from rlhf_lab.interfaces import Conditions, OnlineAlgorithm, RewardSource
 from rlhf_lab.records import Demonstration, Prompt
@@ -266,6 +266,7 @@ class TrainOnline:
         temperature = self.evaluation_sampling.temperature or 1.0
         metrics, rows = parts.evaluator.evaluate(engine, parts.scorer.without_critics(temperature))
         run.write_rows(f"samples/step_{step:06d}.jsonl", rows)
+        leave_table(run, step, rows, parts.scorer, self.evaluation_sampling)
         shown = [
             {
                 "prompt": row["prompt"],
