@@ -414,7 +414,10 @@ class Dataset:
         pairs = [
             (p, self._texts(row, *sides.values())) for p, row in zip(self._prompts(rows, split), rows, strict=True)
         ]
-        prompts, texts, kept = self._fitting(pairs, split, template, unique=False)
+        is_unjudged = reads == "pairs"  # which a judge may be asked twice, under different preferences
+        prompts, texts, kept = self._fitting(
+            pairs, split, template, unique=False, distinct=is_unjudged, repeats=is_unjudged
+        )
         responses = {side: [each[k] for each in texts] for k, side in enumerate(sides)}
         return [rows[i] for i in kept], prompts, responses
 
@@ -601,8 +604,9 @@ class Dataset:
         *,
         unique: bool,
         distinct: bool = False,
+        repeats: bool = False,
     ) -> tuple[list[Prompt], list[tuple[str, ...]], list[int]]:
-        """Rows that are whole, new and short enough: prompts, texts, and their row numbers."""
+        """Rows that are whole, new (unless `repeats` are fine) and short enough: prompts, texts, and their row numbers."""
         bad = RowFilter(self._name(split), self.bad_rows)
         seen: set[tuple[str, ...]] = set()
         kept: list[int] = []
@@ -610,7 +614,7 @@ class Dataset:
             identity = (prompt.id, prompt.condition, *texts)
             if fault := self._fault(prompt, texts, template, distinct=distinct):
                 bad.reject(i, fault)
-            elif identity in seen and (unique or not self.is_world):
+            elif identity in seen and not repeats and (unique or not self.is_world):
                 bad.reject(i, "a duplicate of an earlier row")
             else:
                 kept.append(i)
