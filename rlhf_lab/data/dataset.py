@@ -606,7 +606,7 @@ class Dataset:
         distinct: bool = False,
         repeats: bool = False,
     ) -> tuple[list[Prompt], list[tuple[str, ...]], list[int]]:
-        """Rows that are whole, new (unless `repeats` are fine) and short enough: prompts, texts, and their row numbers."""
+        """Rows that are whole, new (unless they may repeat) and short enough: prompts, texts, and row numbers."""
         bad = RowFilter(self._name(split), self.bad_rows)
         seen: set[tuple[str, ...]] = set()
         kept: list[int] = []
