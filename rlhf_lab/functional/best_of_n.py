@@ -1,7 +1,9 @@
 """Best of n: the expected value of the best of n samples, from the N >= n samples that were drawn, and its KL."""
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,25 +26,40 @@ def weights(num_samples: int, n: int) -> Tensor:
     return factors.cumprod(0).flip(0)
 
 
-def expected_best(selector: Tensor, value: Tensor, n: int) -> Tensor:
-    """Unbiased estimate, per prompt, of the value of the best of n samples, best by the selector.
+def ascending(selector: Tensor) -> Tensor:
+    """(P, N) int64: the samples of each prompt from worst to best; of equal ones the later counts as better."""
+    scores = selector.double().numpy()
+    order = np.argsort(scores, axis=1)  # five times faster than a stable sort, and the same where nothing ties
+    tied = np.flatnonzero((np.diff(np.take_along_axis(scores, order, axis=1), axis=1) == 0).any(axis=1))
+    order[tied] = np.argsort(scores[tied], axis=1, kind="stable")
+    return torch.from_numpy(order)
+
+
+def curves(selector: Tensor, values: Sequence[Tensor], grid: Sequence[int]) -> Tensor:
+    """Unbiased estimates, per prompt, of what the best of n samples has, best by the selector, for every n of a grid.
 
     Args:
-        selector: (P, N) what the best is chosen by: of an ensemble its aggregate, never a member's. Among equal ones
-            the later column counts as better (a stable order).
-        value: (P, N) what is measured of the chosen one, in any units; with `selector` itself the proxy's own curve.
-        n: 1 gives the mean, N the value of the best.
+        selector: (P, N) what the best is chosen by, all finite: of an ensemble its aggregate, never a member's. Among
+            equal ones the later column counts as better (a stable order).
+        values: K of (P, N), what is measured of the chosen one, in any units; `selector` itself is the proxy's curve.
+        grid: 1 gives the mean, N the value of the best.
 
     Returns:
-        (P,) float64.
+        (P, G, K) float64. The samples are sorted once; 1000 x 12,500 take a third of a second, and .1 for each value.
 
     Raises:
-        ValueError: n is not one of 1 … N, or the shapes differ.
+        ValueError: an n is not one of 1 … N, or the shapes differ.
     """
-    if selector.shape != value.shape:
-        raise ValueError(f"the selector has shape {tuple(selector.shape)}, what it selects {tuple(value.shape)}")
-    order = selector.argsort(dim=1, stable=True)
-    return value.double().gather(1, order) @ weights(selector.shape[1], n)
+    if odd := [tuple(value.shape) for value in values if value.shape != selector.shape]:
+        raise ValueError(f"the selector has shape {tuple(selector.shape)}, what it selects {odd[0]}")
+    order = ascending(selector)
+    by_n = torch.stack([weights(selector.shape[1], n) for n in grid], dim=1)  # (N, G)
+    return torch.stack([value.double().gather(1, order) @ by_n for value in values], dim=2)
+
+
+def expected_best(selector: Tensor, value: Tensor, n: int) -> Tensor:
+    """(P,) `curves` of one value at one n."""
+    return curves(selector, [value], [n])[:, 0, 0]
 
 
 def kl_of_best_of_n(n: int) -> float:

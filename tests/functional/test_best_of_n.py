@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_lab.functional.best_of_n import expected_best, kl_of_best_of_n, weights
+from rlhf_lab.functional.best_of_n import ascending, curves, expected_best, kl_of_best_of_n, weights
 
 TABLE = {1: 0.0, 2: 0.193, 16: 1.835, 128: 3.860, 1024: 5.932, 6144: 7.723, 8192: 8.011, 12500: 8.434}
 
@@ -26,6 +26,24 @@ def test_expected_best_is_the_mean_over_all_subsets(n):
     selector[1] = torch.tensor([0.0, 1, 1, 0, 2, 2, 1])  # ties
     expected = [by_enumeration(s, v, n) for s, v in zip(selector.tolist(), value.tolist(), strict=True)]
     assert expected_best(selector, value, n).tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_curves_of_several_values_are_those_of_each_alone():
+    source = torch.Generator().manual_seed(2)
+    selector = torch.randint(0, 4, (5, 9), generator=source).float()  # ties in every row
+    values = [torch.randn(5, 9, generator=source), selector]
+    found = curves(selector, values, [1, 4, 9])
+    for i, n in enumerate((1, 4, 9)):
+        for k, value in enumerate(values):
+            by_hand = [by_enumeration(s, v, n) for s, v in zip(selector.tolist(), value.tolist(), strict=True)]
+            assert found[:, i, k].tolist() == pytest.approx(by_hand, abs=1e-12)
+
+
+def test_of_equal_samples_the_later_is_better():
+    scores = torch.tensor([[2.0, 1.0, 2.0, 1.0, 0.0], [5.0, 4.0, 3.0, 2.0, 1.0]])
+    assert ascending(scores).tolist() == [[4, 1, 3, 0, 2], [4, 3, 2, 1, 0]]
+    many = torch.randint(0, 50, (3, 3000), generator=torch.Generator().manual_seed(1)).float()
+    assert torch.equal(ascending(many), many.argsort(dim=1, stable=True))
 
 
 def test_one_is_the_mean_and_all_is_the_maximum():
