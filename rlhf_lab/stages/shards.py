@@ -17,7 +17,7 @@ ROWS = "rows.parquet"
 
 @dataclass(frozen=True)
 class Shard:
-    """What one piece of work leaves: its rows, and how many tokens were generated or scored for them."""
+    """What one piece of work leaves: its rows, and how many tokens were generated or scored for them; 0 for none."""
 
     rows: Rows
     tokens: int
@@ -83,5 +83,6 @@ def sharded(run: Run, name: str, what: str, makers: Sequence[Callable[[], Shard]
         shard = makers[i]()
         store(run, places[i], {ROWS: shard.rows})
         tokens += shard.tokens
-        pace["time/tokens_per_second"] = tokens / (perf_counter() - begun)
+        if tokens:
+            pace["time/tokens_per_second"] = tokens / (perf_counter() - begun)
     return [run.directory / place / ROWS for place in places]
