@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 Theme = Mapping[str, str]
-Kind = Literal["train", "state", "points", "held_out", "limit", "gap", "span", "band", "thread"]
+Kind = Literal["train", "state", "points", "held_out", "estimates", "limit", "gap", "span", "band", "thread"]
 
 LIGHT: Theme = {
     "paper": "#ffffff",
@@ -63,10 +63,10 @@ class Curve:
         label: in the legend and in the text that stands for the picture.
         colour: a key of a `Theme`.
         kind: "train", a line, smoothed over a thin one; "state", a line as it is; "points", unjoined;
-            "held_out", joined markers with intervals; "limit", dashed; "gap", upright strokes from `y` to `to`; "span",
-            shade where `y` is above 0; "band", a line in the shade of its intervals; "thread", a thin line without a
-            name, which stands behind such a line.
-        ci: (n,) half widths of 95% intervals in units of y, or none.
+            "held_out", joined markers with intervals; "estimates", unjoined ones; "limit", dashed; "gap", upright
+            strokes from `y` to `to`; "span", shade where `y` is above 0; "band", a line in the shade of its intervals;
+            "thread", a thin line without a name, which stands behind such a line.
+        ci: (n,) half widths of 95% intervals in units of y, or none; of markers also (2, n), downwards and upwards.
         to: (n,) where the strokes of a gap end.
         marker: of the points of "held_out".
     """
@@ -202,10 +202,11 @@ def draw_curve(axes: Axes, curve: Curve, colour: str) -> None:
             axes.plot(x, y, color=colour, linewidth=1.8, label=label, marker="." if len(y) < 8 else None)
         case "points":
             axes.plot(x, y, color=colour, linestyle="none", marker=".", markersize=4, alpha=0.4, label=label)
-        case "held_out":
+        case "held_out" | "estimates":
             axes.errorbar(
                 x, y, yerr=curve.ci, color=colour, label=label, marker=curve.marker, markersize=5, markeredgewidth=0.8,
-                markeredgecolor=axes.get_facecolor(), linestyle=(0, (4, 2)), linewidth=1.1, elinewidth=1.4, capsize=2.5,
+                markeredgecolor=axes.get_facecolor(), linestyle=(0, (4, 2)) if curve.kind == "held_out" else "none",
+                linewidth=1.1, elinewidth=1.4, capsize=2.5,
             )  # fmt: skip
         case "band":
             half_widths = np.zeros_like(y) if curve.ci is None else np.nan_to_num(curve.ci)

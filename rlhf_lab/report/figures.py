@@ -25,6 +25,7 @@ from rlhf_lab.report.plots import (
     violations,
 )
 from rlhf_lab.report.run import Run
+from rlhf_lab.report.value_model_plots import accuracies, value_models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ OVERVIEW = FigureSpec(
     name="overview",
     title="The run at a glance",
     caption="Lines are training, markers are held-out prompts with 95% intervals where they were logged.",
-    panels=overview,
+    panels=lambda run: accuracies(run) if run.value_models else overview(run),
 )
 FIGURES: tuple[FigureSpec, ...] = (
     FigureSpec(
@@ -94,6 +95,12 @@ FIGURES: tuple[FigureSpec, ...] = (
         caption="Unbiased, with 95% intervals over prompts. Where the proxy climbs and gold does not, choosing "
         "harder no longer pays.",
         panels=best_of_n,
+    ),
+    FigureSpec(
+        name="value_models",
+        title="Value models on held-out pairs",
+        caption="95% intervals over prompts. On the dashed diagonal a model is as sure as it is right.",
+        panels=value_models,
     ),
     FigureSpec(
         name="soups",

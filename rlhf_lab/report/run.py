@@ -5,7 +5,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,8 @@ class Run:
         samples: iteration -> responses; only of the first and the last evaluation.
         warnings: in the order in which they were given.
         trade_offs: rows of preference_grid.parquet: what each preference asked for and obtained; none for most runs.
+        value_models: value_models.json: source -> split -> its curves of calibration and accuracy; {} for most runs.
+        generalisation: generalisation.json: what several methods score on several splits; {} for most runs.
     """
 
     name: str
@@ -105,6 +107,8 @@ class Run:
     samples: Mapping[int, tuple[Sample, ...]]
     warnings: tuple[Notice, ...]
     trade_offs: Sequence[Mapping[str, Any]] = ()
+    value_models: Mapping[str, Any] = field(default_factory=dict)
+    generalisation: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def state(self) -> str:
@@ -217,6 +221,8 @@ def read_run(run_dir: Path) -> Run:
             for line in read_lines(run_dir / "warnings.jsonl")
         ),
         trade_offs=read_table(grid) if (grid := run_dir / "data/preference_grid.parquet").is_file() else (),
+        value_models=read_json(run_dir / "value_models.json"),
+        generalisation=read_json(run_dir / "generalisation.json"),
     )
 
 
