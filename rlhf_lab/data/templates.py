@@ -1,40 +1,28 @@
 """How a conversation becomes tokens: the prompt up to where the model speaks, and the response with its EOS."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from rlhf_lab.data.formats import DIALOGUE, Alpaca, Chat, Format, Plain, SafeRlhf, held
 from rlhf_lab.records import Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Style = Literal["auto", "chat", "dialogue", "safe_rlhf"]
+Style = Literal["auto", "chat", "dialogue", "safe_rlhf", "alpaca", "tldr"]
 
 _PROBE = Prompt.from_text("How do I bake 1,024 crêpes (in  Paris)?\nIt's for the children's party: flour, milk, salt …")
-
-
-def _dialogue(messages: tuple[Message, ...]) -> str:
-    turns = "".join(f"{message['role'].capitalize()}: {message['content']}\n\n" for message in messages)
-    return f"{turns}Assistant:"
-
-
-def _safe_rlhf(messages: tuple[Message, ...], eos: str) -> str:
-    """Source: the fixed template of the Safe RLHF release, for models that were trained with it."""
-    if unknown := sorted({message["role"] for message in messages} - {"user", "assistant"}):
-        raise ValueError(
-            f"dataset.template=safe_rlhf knows the roles user and assistant, found {unknown[0]}; "
-            "use dataset.template=dialogue"
-        )
-    turns = (f"USER: {m['content']} ASSISTANT:" if m["role"] == "user" else m["content"] + eos for m in messages)
-    return "BEGINNING OF CONVERSATION: " + "".join(turns)
 
 
 class Template:
     """A tokenizer and the way it writes conversations.
 
     Args:
-        style: "chat", the tokenizer's own chat template; "dialogue", plain `User: … Assistant:` turns; "safe_rlhf";
-            "auto": chat if the tokenizer has a template, else dialogue. `self.style` says which it became.
+        style: "chat", the tokenizer's own chat template; "dialogue", plain `User: … Assistant:` turns; "safe_rlhf" and
+            "alpaca", as these releases write conversations and instructions; "tldr", the request as it stands and a
+            space before the response; "auto": chat if the tokenizer has a template, else dialogue. `self.style` says
+            which it became.
 
     Raises:
         ValueError: "chat" for a tokenizer without a chat template.
@@ -51,6 +39,37 @@ class Template:
         self.style: Style = ("chat" if has_template else "dialogue") if style == "auto" else style
         self.eos = cast(int, tokenizer.eos_token_id)
         self.pad = cast(int, tokenizer.pad_token_id)
+        # texts that become one token of a meaning of its own wherever they stand; the unknown one means nothing
+        self.special = tuple(text for text in tokenizer.all_special_tokens if text != tokenizer.unk_token)
+        self.format = self._format()
+
+    def _format(self) -> Format:
+        if self.style == "chat":
+            return Chat(render=self._rendered, special=self.special)
+        if self.style == "safe_rlhf":
+            return SafeRlhf(eos=str(self.tokenizer.eos_token))
+        return {"alpaca": Alpaca(), "tldr": Plain()}.get(self.style, DIALOGUE)
+
+    @cached_property
+    def _markers(self) -> Sequence[str]:
+        return [*self.format.markers, *self.special]
+
+    def _rendered(self, messages: Sequence[Message]) -> str:
+        spoken: list[Any] = list(messages)
+        return cast(str, self.tokenizer.apply_chat_template(spoken, tokenize=False, add_generation_prompt=True))
+
+    def fault(self, prompt: Prompt, responses: Sequence[str]) -> str:
+        """Why a row cannot be told from another once it is written, "" if it can.
+
+        A text that holds what stands between turns, or a token of a meaning of its own, would be read as something that
+        nobody said: a turn, or an end.
+        """
+        requests = [message["content"] for message in prompt.messages]
+        if marker := held(self._markers, requests):
+            return f"a prompt that holds {marker!r}, which the template {self.style} writes itself"
+        if marker := held(self.special, responses):
+            return f"a response that holds {marker!r}, which the tokenizer reads as more than its letters"
+        return ""
 
     def prompt_tokens(self, prompt: Prompt) -> list[int]:
         """The conversation up to the point where the response begins."""
@@ -68,7 +87,8 @@ class Template:
 
     def responses_tokens(self, responses: Sequence[str]) -> list[list[int]]:
         """`response_tokens` of each, of responses that ended, many at once."""
-        return [[*each, self.eos] for each in self._tokens_of(responses, add_special_tokens=False)] if responses else []
+        spoken = [self._spoken(response) for response in responses]
+        return [[*each, self.eos] for each in self._tokens_of(spoken, add_special_tokens=False)] if spoken else []
 
     def _tokens_of(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
@@ -112,14 +132,18 @@ class Template:
 
     def _written(self, messages: tuple[Message, ...]) -> str:
         """The conversation as text, up to the point where the response begins."""
-        if self.style == "chat":
-            spoken: list[Any] = list(messages)
-            return cast(str, self.tokenizer.apply_chat_template(spoken, tokenize=False, add_generation_prompt=True))
-        return _dialogue(messages) if self.style == "dialogue" else _safe_rlhf(messages, str(self.tokenizer.eos_token))
+        return self.format.write(messages)
+
+    def _spoken(self, response: str) -> str:
+        """A response as it follows the prompt; after a `TL;DR:` comes a space."""
+        return f" {response}" if self.style == "tldr" and response and not response[0].isspace() else response
 
     def response_tokens(self, response: str, *, finished: bool = True) -> list[int]:
         """The response; its EOS unless it was cut before it ended."""
-        return [*self.tokenizer(response, add_special_tokens=False).input_ids, *([self.eos] if finished else [])]
+        return [
+            *self.tokenizer(self._spoken(response), add_special_tokens=False).input_ids,
+            *([self.eos] if finished else []),
+        ]
 
     def unknown(self, text: str) -> list[str]:
         """The words of a text that the tokenizer can only write as its unknown token."""
