@@ -224,10 +224,7 @@ class Generations:
             ValueError: prompts have different numbers of samples, or a value is missing or not finite; verdicts may
                 be missing, which is NaN.
         """
-        values = self.column(name, split).astype(np.float64)
-        if not name.startswith("verdict_"):
-            self._refuse_holes(values, name, split)
-        return values.reshape(-1, self.num_samples(split))
+        return self._whole(name, split)
 
     def members(self, reward: str, split: str, of: str = "members") -> NDArray[np.float64]:
         """(P, N, M) float64: what each member said of each response; with `of="variances"` how sure it was.
@@ -235,25 +232,51 @@ class Generations:
         Raises:
             ValueError: as `matrix`, or rows have different numbers of members.
         """
-        name, flat, sizes = f"{of}_{reward}", [], []
-        for part in self._parts(split, [name]):
-            column = part[name].combine_chunks()
-            flat.append(column.flatten().to_numpy(zero_copy_only=False))
-            sizes.append(column.value_lengths().fill_null(0).to_numpy())
-        counts = np.concatenate(sizes)
-        if len(odd := np.flatnonzero((counts != counts[0]) | (counts == 0))):
-            raise ValueError(
-                f"{self.path}, row {odd[0]} of {split}: {name} has {counts[odd[0]]} values, the first row "
-                f"{counts[0]}; every response is scored by the same members"
-            )
-        values = np.concatenate(flat).reshape(-1, counts[0])
-        self._refuse_holes(values, name, split)
-        return values.reshape(-1, self.num_samples(split), counts[0])
+        return self._whole(f"{of}_{reward}", split)
 
-    def _refuse_holes(self, values: NDArray[np.float64], name: str, split: str) -> None:
-        rows = np.unique(np.nonzero(~np.isfinite(values))[0])
-        if len(rows):
-            raise ValueError(
-                f"{self.path}: {name} is {values[rows[0]]} in row {rows[0]} of {split}, and missing or not finite in "
-                f"{len(rows)} of {len(values)} rows; score these responses again, or leave their prompts out"
-            )
+    def _whole(self, name: str, split: str) -> NDArray[np.float64]:
+        [block] = self.blocks(split, [name], len(self.starts(split)))
+        return block[name]
+
+    def blocks(self, split: str, names: Sequence[str], prompts: int) -> Iterator[dict[str, NDArray[np.float64]]]:
+        """The same of several columns, of so many prompts at a time: column -> (p, N), or (p, N, M) of members.
+
+        Raises:
+            ValueError: as `matrix` and `members`.
+        """
+        per_prompt, first, widths = self.num_samples(split), 0, {}
+        waiting = pa.table({})
+        for part in self._parts(split, names):
+            waiting = pa.concat_tables([waiting, part]) if waiting.num_rows else part
+            while waiting.num_rows >= prompts * per_prompt:
+                yield self._block(waiting.slice(0, prompts * per_prompt), split, first, per_prompt, widths)
+                waiting, first = waiting.slice(prompts * per_prompt), first + prompts * per_prompt
+        if waiting.num_rows:
+            yield self._block(waiting, split, first, per_prompt, widths)
+
+    def _block(
+        self, table: pa.Table, split: str, first: int, per_prompt: int, widths: dict[str, int]
+    ) -> dict[str, NDArray[np.float64]]:
+        block = {}
+        for name in table.column_names:
+            column = table[name].combine_chunks()
+            if pa.types.is_list(column.type):
+                counts = column.value_lengths().fill_null(0).to_numpy()
+                width = widths.setdefault(name, int(counts[0]))
+                if len(odd := np.flatnonzero((counts != width) | (counts == 0))):
+                    raise ValueError(
+                        f"{self.path}, row {first + odd[0]} of {split}: {name} has {counts[odd[0]]} values, the first "
+                        f"row {width}; every response is scored by the same members"
+                    )
+                values = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+            else:
+                values = column.to_numpy(zero_copy_only=False).astype(np.float64)
+            holes = np.unique(np.nonzero(~np.isfinite(values))[0])
+            if len(holes) and not name.startswith("verdict_"):
+                raise ValueError(
+                    f"{self.path}: {name} is {values[holes[0]]} in row {first + holes[0]} of {split}, and missing or "
+                    f"not finite in {len(holes)} of {len(values)} rows; score these responses again, or leave their "
+                    "prompts out"
+                )
+            block[name] = values.reshape(-1, per_prompt, *values.shape[1:])
+        return block

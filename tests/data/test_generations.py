@@ -62,6 +62,20 @@ def test_columns_come_back_by_prompt_and_sample_whatever_the_groups(table):
     assert parquet.ParquetFile(made.path).num_row_groups == 8
 
 
+def test_blocks_are_the_whole_prompt_by_prompt(table):
+    made = table([row(p, s) for p in range(7) for s in range(3)])
+    blocks = list(made.blocks("test", ["score_help", "members_help"], 2))
+    assert [len(block["score_help"]) for block in blocks] == [2, 2, 2, 1]
+    for name, whole in (
+        ("score_help", made.matrix("score_help", "test")),
+        ("members_help", made.members("help", "test")),
+    ):
+        assert np.array_equal(np.concatenate([block[name] for block in blocks]), whole)
+    odd = table([row(p, members_help=[1.0] * (1 + p // 4)) for p in range(6)])
+    with pytest.raises(ValueError, match="row 4 of test: members_help has 2 values, the first row 1"):
+        list(odd.blocks("test", ["members_help"], 2))
+
+
 def test_texts_are_grouped_by_prompt_under_its_condition(table):
     rows = [row(0, s, condition=told) for told in ("", "be kind") for s in range(2 if told else 3)]
     grouped = list(table(rows).texts("test"))
