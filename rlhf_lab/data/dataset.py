@@ -90,7 +90,8 @@ class Dataset:
             ranks, says, the lowest best (rankings); condition, which is read after the request (all of these but
             prompts); strong_ and weak_ with prompt, chosen, rejected, condition (quadruples). `better` and `safer`
             are 0 or 1. A name in the data that no row has is refused by what reads it.
-        template: how conversations are written for the model; "auto" takes the tokenizer's own if it has one.
+        template: how conversations are written for the model; "auto" takes the tokenizer's own if it has one. Rows that
+            hold what it writes between turns are bad rows.
         max_prompt_tokens, max_response_tokens: longer rows are bad rows.
         bad_rows: "error" refuses a data set with empty, duplicate or overlong rows; "drop" drops and counts them.
         on_conflict: what becomes of safety pairs of which the safer response alone is labelled unsafe: "keep" them as
@@ -588,6 +589,8 @@ class Dataset:
             return "an empty response"
         if distinct and len(set(texts)) < len(texts):
             return "equal responses"
+        if forged := template.fault(prompt, texts):
+            return forged
         if unknown := template.unknown(prompt.condition):
             return f"a condition of words that the tokenizer does not know, {unknown} (model.new_tokens adds them)"
         if len(template.prompt_tokens(prompt)) > self.max_prompt_tokens:
