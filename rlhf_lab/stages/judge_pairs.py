@@ -116,7 +116,7 @@ class JudgePairs:
             files = sharded(run, split, f"judging pairs of {split}", shards)
             judged[name] = [row for file in files for row in read_table(file)]
             data, unused = self._learnable(judged[name], name, run.seed)
-            left_out += unused
+            left_out.update(unused)  # += would drop the reasons that nothing was left out for
             made |= data
             metrics |= {f"{name}/left_out/{reason}": float(count) for reason, count in left_out.items()}
             metrics |= {f"{table}/pairs": float(len(kept)) for table, kept in data.items()}
