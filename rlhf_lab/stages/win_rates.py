@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain, combinations
+from itertools import combinations
 from typing import Any
 
 from rlhf_lab.data.tables import read_table, write_table
