@@ -21,26 +21,28 @@ def desk(cluster: Cluster, shared_place: Path) -> Desk:
     return Desk(cluster=cluster, code=ROOT, place=shared_place)
 
 
-def test_twelve_runs_are_one_array_with_a_gpu_each_and_a_page(desk: Desk):
-    varied = ("algorithm=ppo,ppo_lag", "reward=single,ensemble_uwo", "seed=0,1,2")
-    said = desk.launch("-m", *ON_GPU, *varied, "sweep=twelve")
-    root = desk.sweep("twelve")
+@pytest.mark.parametrize("rewards", ["single", pytest.param("single,ensemble_uwo", marks=pytest.mark.slow)])
+def test_the_runs_of_a_sweep_are_one_array_with_a_gpu_each_and_a_page(rewards: str, desk: Desk):
+    name = f"sweep_of_{rewards.count(',') + 1}"
+    number = 6 * (rewards.count(",") + 1)
+    said = desk.launch("-m", *ON_GPU, "algorithm=ppo,ppo_lag", f"reward={rewards}", "seed=0,1,2", f"sweep={name}")
+    root = desk.sweep(name)
     jobs = jobs_of(root)
-    assert len(jobs) == 12
+    assert len(jobs) == number
     (array,) = {job.partition("_")[0] for job in jobs.values()}
     assert array in said
     assert "status=" in said
     asked_for = desk.cluster.ask("squeue", "-h", "-r", "-t", "all", "-j", array, "-o", "%b").split()
-    assert asked_for == ["gres:gpu:1"] * 12
+    assert asked_for == ["gres:gpu:1"] * number
     # it did not wait for them
-    assert Counter(desk.state(job) for job in jobs.values()) == {"PENDING": 12}
+    assert Counter(desk.state(job) for job in jobs.values()) == {"PENDING": number}
 
     for job in jobs.values():
         desk.wait_for(job)
     assert wait_until(lambda: desk.accounted(list(jobs.values())) == {"COMPLETED 0:0"}, 60)
-    table = desk.launch("status=twelve")
-    assert "12 finished" in table
-    desk.launch("report=twelve")
+    table = desk.launch(f"status={name}")
+    assert f"{number} finished" in table
+    desk.launch(f"report={name}")
     page = (root / "report.html").read_text()
     assert all(name in page for name in jobs)
     assert (root / "metrics.csv").exists()
@@ -95,6 +97,7 @@ def test_cancel_ends_the_jobs_of_a_sweep_alone_and_retry_continues_them(desk: De
         assert differences(results(run), results(desk.sweep("bystander") / run.name)) == []
 
 
+@pytest.mark.slow
 def test_an_artifact_that_two_sweeps_need_is_built_once_though_its_builder_is_killed(desk: Desk, tmp_path: Path):
     desk = Desk(cluster=desk.cluster, code=ROOT, place=tmp_path)
     with ThreadPoolExecutor(2) as at_once:  # both find that nothing is there
