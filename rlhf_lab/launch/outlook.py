@@ -155,8 +155,14 @@ def described(config: Mapping[str, Any]) -> dict[str, str]:
     if "model" in stage:
         words["model"] = _place(stage["model"]["policy"], config)
     if "dataset" in stage:
-        words["data"] = _place(stage["dataset"]["path"], config)
+        words["data"] = ", ".join(dict.fromkeys(_place(path, config) for path in _paths(stage["dataset"])))
     return words | {"size": _size(stage)}
+
+
+def _paths(dataset: Mapping[str, Any]) -> list[str]:
+    """Where a data set is, or where all parts of a mixture are."""
+    parts = dataset.get("parts")
+    return [path for part in parts.values() for path in _paths(part["dataset"])] if parts else [dataset["path"]]
 
 
 def _source(name: str, source: Mapping[str, Any]) -> str:

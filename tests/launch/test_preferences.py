@@ -3,6 +3,7 @@
 import pytest
 from hydra.utils import instantiate
 
+from rlhf_lab.launch.outlook import described
 from rlhf_lab.records import Prompt
 
 
@@ -27,3 +28,17 @@ def test_policy_reward_model_and_judge_read_the_words_of_the_registry(name: str,
     told = conditions.evaluated([Prompt.from_text("x")])[first][0].condition
     assert told == registry.wordings["policy"][first]
     assert plan.config["stage"]["rewards"]["helpful"]["condition"] == registry.wordings["reward_model"][first]
+
+
+def test_one_reward_model_scores_under_each_preference_in_the_words_that_it_learnt(plan_of):
+    plan = plan_of("algorithm=pmorl", "reward=preferred")
+    sources = plan.config["stage"]["rewards"]
+    taught = plan_of("experiments=tiny_help/judged_preferences").config["stage"]["preferences"]["reward_model"]
+    assert {name: sources[name]["condition"] for name in taught} == taught
+    assert sources["helpful"]["members"] == sources["humour"]["members"]
+    [model] = [need for need in plan.needs if need.directory.name == "preference_model_s0"]
+    assert [need.directory.name for need in model.needs if "judged" in need.directory.name] == ["judged_preferences"]
+
+
+def test_a_mixture_is_described_by_where_its_parts_are(plan_of):
+    assert described(plan_of("algorithm=multitask_sft").config)["data"] == "embedded:tiny_help"
