@@ -172,7 +172,7 @@ class LanguageModelJudge:
             waiting = [shown for shown in waiting if shown not in found and shown not in refused]
             if not waiting:
                 break
-        verdicts = [self._verdict(i, found) for i in range(len(comparisons))]
+        verdicts = [self._verdict(i, found, self._asked(each)) for i, each in enumerate(comparisons)]
         self.counts["unreadable"] += sum(verdict.wins is None for verdict in verdicts)
         return verdicts
 
@@ -185,8 +185,12 @@ class LanguageModelJudge:
             int(digest(each.prompt.id, sorted(each.responses)), 16) % 2 ^ (each.responses[0] > each.responses[1])
             for each in comparisons
         ]
-        for turned in (0, 1) if self.both_orders else (0,):
-            yield from ((i, order ^ turned) for i, order in enumerate(drawn))
+        yield from enumerate(drawn)
+        yield from ((i, 1 - order) for i, order in enumerate(drawn) if self._asked(comparisons[i]) == 2)
+
+    def _asked(self, comparison: Comparison) -> int:
+        """In how many orders. Of equal texts both are one call, and its verdict for a place is one against it too."""
+        return 2 if self.both_orders or comparison.responses[0] == comparison.responses[1] else 1
 
     def _calls(
         self, comparisons: Sequence[Comparison], waiting: Sequence[Shown], criterion: str, attempt: int
@@ -206,7 +210,7 @@ class LanguageModelJudge:
                 calls.append(Call(digest(body, attempt), body, tuple(shown[part]), form))
         return calls
 
-    def _verdict(self, i: int, found: Mapping[Shown, Outcome]) -> Verdict:
+    def _verdict(self, i: int, found: Mapping[Shown, Outcome], asked: int) -> Verdict:
         said = [found.get((i, order)) for order in (0, 1)]
         by_order = (said[0] and said[0].first_wins, said[1] and 1 - said[1].first_wins)
         scores = [
@@ -220,7 +224,7 @@ class LanguageModelJudge:
             if scores
             else None,
             reasons=(said[0].reasoning if said[0] else "", said[1].reasoning if said[1] else ""),
-            asked=2 if self.both_orders else 1,
+            asked=asked,
         )
 
     @cached_property

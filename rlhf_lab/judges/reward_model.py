@@ -3,6 +3,8 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Self
 
+import torch
+
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import rollout_of
 from rlhf_lab.engine.models import Hardware
@@ -47,8 +49,8 @@ class RewardModelJudge:
             pairs = comparisons[part]
             prompts = [each.prompt.plain for each in pairs for _ in each.responses]
             rollout = rollout_of(self.template, prompts, [text for each in pairs for text in each.responses])
-            worth = sum(weight * self.rewards[name].score(rollout).value.double() for name, weight in weights.items())
-            assert not isinstance(worth, int), "a criterion that was checked weighs something"
+            weighed = [weight * self.rewards[name].score(rollout).value.double() for name, weight in weights.items()]
+            worth = torch.stack(weighed).sum(0)
             found += [(first, second) for first, second in worth.view(-1, 2).tolist()]
         return found
 
