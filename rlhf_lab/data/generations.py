@@ -268,7 +268,7 @@ class Generations:
                         f"{self.path}, row {first + odd[0]} of {split}: {name} has {counts[odd[0]]} values, the first "
                         f"row {width}; every response is scored by the same members"
                     )
-                values = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+                values = np.array(column.flatten().to_numpy(zero_copy_only=False)).reshape(-1, width)
             else:
                 values = column.to_numpy(zero_copy_only=False).astype(np.float64)
             holes = np.unique(np.nonzero(~np.isfinite(values))[0])
