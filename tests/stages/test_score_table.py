@@ -60,13 +60,19 @@ class Words:
 def scored(tmp_path):
     """`scored(rows, reads)` is the run directory after scoring `rows` by `source`."""
 
-    def score(rows, reads, source, name="run", **data):
+    def score(rows, reads, source, name="run", standardised_by=None, **data):
         table = tmp_path / "rows.jsonl"
         table.write_text("".join(json.dumps(row) + "\n" for row in rows))
         dataset = Dataset(**{**DATA, "path": str(table), **data})
         hardware = Hardware(device="cpu", dtype="float32", threads=1)
         stage = ScoreTable(
-            model=PATHS, dataset=dataset, rewards={"words": source}, hardware=hardware, reads=reads, rows_per_shard=2
+            model=PATHS,
+            dataset=dataset,
+            rewards={"words": source},
+            hardware=hardware,
+            reads=reads,
+            standardised_by=standardised_by,
+            rows_per_shard=2,
         )
         stage.check()
         run = Run.open(
@@ -116,6 +122,39 @@ def test_statistics_are_those_of_all_responses_of_the_training_split(scored):
     values = [301, 302, 503, 501]
     found = json.loads((run / "statistics.json").read_text())["words"]
     assert found == pytest.approx({"mean": statistics.mean(values), "sd": statistics.pstdev(values), "count": 4})
+
+
+def test_other_splits_and_other_tables_are_standardised_by_the_training_split(scored, tmp_path):
+    """RiC divides by the spread of what it learns from, wherever a score is read."""
+    world = {"path": WORLD, "train_size": 20, "eval_splits": ["sft_test"], "eval_size": 6}
+    run = scored([], "demonstrations", Words(), standardised_by="train", **world)
+    train, test = (read_table(run / f"data/{name}.parquet") for name in ("train", "sft_test"))
+    scores = [row["score_words"] for row in train]
+    mean, sd = statistics.mean(scores), statistics.pstdev(scores)
+    assert statistics.pstdev(row["standardised_words"] for row in train) == pytest.approx(1.0)
+    expected = [(row["score_words"] - mean) / sd for row in test]
+    assert [row["standardised_words"] for row in test] == pytest.approx(expected)
+    later = scored(PAIRS, "preferences", Words(), "later", standardised_by=str(run / "statistics.json"))
+    for row in read_table(later / "data/train.parquet"):
+        for side in (0, 1):
+            assert row[f"standardised_words_{side}"] == pytest.approx((row[f"score_words_{side}"] - mean) / sd)
+    for text, said in (
+        ("{}", "KeyError: 'words'"),
+        ('{"words": {"mean": 1, "sd": 0, "count": 2}}', "expected above 0"),
+    ):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(ValueError, match=said):
+            scored(PAIRS, "preferences", Words(), "refused", standardised_by=str(tmp_path / "other.json"))
+
+
+def test_the_interval_of_a_mean_is_over_prompts(scored):
+    """Two responses to a prompt are not independent: three prompts, two degrees of freedom."""
+    rows = [{"prompt": "one", "response_0": "a", "response_1": text, "better": 1} for text in ("b c", "d e", "f g")]
+    others = [{"prompt": prompt, "response_0": "a", "response_1": "b c", "better": 1} for prompt in ("four", "three")]
+    run = scored(rows + others, "preferences", Words(), "interval")
+    logged = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    means = [301.5, 401.5, 501.5]
+    assert logged["train/words/ci95"] == pytest.approx(4.302653 * statistics.stdev(means) / 3**0.5, rel=1e-5)
 
 
 def test_what_was_scored_before_a_kill_is_not_scored_again(scored):
