@@ -1,7 +1,6 @@
 """Sweeps on the cluster: one array, frozen; what fails, what is cancelled and retried, artifacts that are shared."""
 
 import json
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +20,7 @@ def desk(cluster: Cluster, shared_place: Path) -> Desk:
     return Desk(cluster=cluster, code=ROOT, place=shared_place)
 
 
-@pytest.mark.parametrize("rewards", ["single", pytest.param("single,ensemble_uwo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rewards", ["ensemble_uwo", pytest.param("single,ensemble_uwo", marks=pytest.mark.slow)])
 def test_the_runs_of_a_sweep_are_one_array_with_a_gpu_each_and_a_page(rewards: str, desk: Desk):
     name = f"sweep_of_{rewards.count(',') + 1}"
     number = 6 * (rewards.count(",") + 1)
@@ -35,7 +34,7 @@ def test_the_runs_of_a_sweep_are_one_array_with_a_gpu_each_and_a_page(rewards: s
     asked_for = desk.cluster.ask("squeue", "-h", "-r", "-t", "all", "-j", array, "-o", "%b").split()
     assert asked_for == ["gres:gpu:1"] * number
     # it did not wait for them
-    assert Counter(desk.state(job) for job in jobs.values()) == {"PENDING": number}
+    assert {desk.state(job) for job in jobs.values()} <= {"PENDING", "CONFIGURING", "RUNNING"}
 
     for job in jobs.values():
         desk.wait_for(job)
