@@ -526,7 +526,10 @@ class Dataset:
         made = reached(made, self.columns.values())
         chosen = {split: made}
         if self.select is not None:
-            selected = self.select(made)
+            try:
+                selected = self.select(made)
+            except ValueError as error:
+                raise ValueError(f"{self._name(split)}: {error}") from error
             chosen[split] = [made[i] for i in selected.kept]
             if self.rest is None:
                 reasons |= {reason: len(numbers) for reason, numbers in selected.dropped.items()}

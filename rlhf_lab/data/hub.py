@@ -1,15 +1,38 @@
 """The files of a data set by the names that they have on the hub, or in a copy of it on this machine."""
 
-from collections.abc import Mapping, Sequence
+import gzip
+import lzma
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any
 
 # split -> pattern or patterns of its files, relative to the data set, e.g. data/train-*.parquet
 Named = Mapping[str, str | Sequence[str]]
 
-# how a file is read, by the end of its name; compressed as .gz or .xz too
+# how the datasets library reads a file, by the end of its name
 _KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-_COMPRESSED = (".gz", ".xz", ".zst")
+_OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+COMPRESSED = tuple(_OPENERS)
+
+
+@contextmanager
+def unpacked(file: Path) -> Iterator[Path]:
+    """A compressed file, `train.jsonl.gz`, as it was before, `train.jsonl`, in a folder of its own until the end.
+
+    Raises:
+        ValueError: it is not compressed as its name says, or was cut off.
+    """
+    with TemporaryDirectory() as folder:
+        plain = Path(folder) / file.stem
+        try:
+            with _OPENERS[file.suffix](file) as packed, plain.open("wb") as written:
+                shutil.copyfileobj(packed, written)
+        except (OSError, EOFError, lzma.LZMAError) as error:
+            raise ValueError(f"{file} cannot be unpacked as {file.suffix}: {error}; fetch it again") from error
+        yield plain
 
 
 def _patterns(named: Named) -> dict[str, list[str]]:
@@ -66,7 +89,7 @@ def from_hub(path: str, revision: str | None, named: Named) -> dict[str, list[di
 
 
 def _kind(pattern: str) -> str:
-    ends = [suffix for suffix in PurePosixPath(pattern).suffixes if suffix not in _COMPRESSED]
+    ends = [suffix for suffix in PurePosixPath(pattern.rstrip("*")).suffixes if suffix not in COMPRESSED]
     if not ends or ends[-1] not in _KINDS:
         raise ValueError(f"dataset.files has {pattern!r}; expected a name that ends with one of {', '.join(_KINDS)}")
     return _KINDS[ends[-1]]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from pyarrow import csv, ipc, parquet
 
-from rlhf_lab.data.hub import Named, files_of, from_hub
+from rlhf_lab.data.hub import COMPRESSED, Named, files_of, from_hub, unpacked
 from rlhf_lab.records import Message, Prompt
 
 BadRows = Literal["error", "drop"]
@@ -92,6 +92,12 @@ def read_table(file: Path, texts: Collection[str] = TEXTS) -> Rows:
     """
     if file.stat().st_size == 0:
         return []
+    if file.suffix in COMPRESSED:
+        with unpacked(file) as plain:
+            try:
+                return read_table(plain, texts)
+            except ValueError as error:
+                raise ValueError(str(error).replace(str(plain), str(file))) from error
     try:
         return _read_csv(file, texts) if file.suffix == ".csv" else _READERS[file.suffix](file)
     except (ValueError, OSError, pa.ArrowException) as error:
@@ -141,12 +147,17 @@ def check_table(path: str) -> None:
         ValueError: naming the path and what is expected.
     """
     place = Path(path).expanduser()
-    if place.is_file() and place.suffix not in SUFFIXES:
+    if place.is_file() and _plain(place).suffix not in SUFFIXES:
         raise ValueError(f"dataset.path={path}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
     if not place.exists() and (path.startswith(("/", ".", "~")) or place.suffix in SUFFIXES or path.count("/") != 1):
         raise ValueError(f"dataset.path={path}: no such file or folder; give one, or a hub id (owner/name)")
     if place.is_dir() and not _split_files(place):
         raise ValueError(f"dataset.path={path}: the folder holds no file of the kinds {', '.join(SUFFIXES)}")
+
+
+def _plain(file: Path) -> Path:
+    """A file's name without the end that says that it is compressed."""
+    return file.with_suffix("") if file.suffix in COMPRESSED else file
 
 
 def _split_files(folder: Path) -> dict[str, list[Path]]:
@@ -157,8 +168,8 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     single = (folder / "state.json").exists()
     for file in sorted(folder.rglob("*")):
-        if file.suffix in SUFFIXES and file.name not in _DESCRIPTIONS:
-            split = file.stem.split("-")[0] if file.parent == folder else file.parent.name
+        if _plain(file).suffix in SUFFIXES and file.name not in _DESCRIPTIONS:
+            split = _plain(file).stem.split("-")[0] if file.parent == folder else file.parent.name
             split = "train" if single else split
             found.setdefault(split, []).append(file)
     return found
@@ -167,7 +178,9 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
 def read_splits(
     path: str, revision: str | None, texts: Collection[str] = TEXTS, named: Named | None = None
 ) -> dict[str, Rows]:
-    """split -> rows of a file (one split, "train"), a folder of files named by split, or a hub data set.
+    """split -> rows of a file, a folder of files named by split, or a hub data set.
+
+    A file is one split: the only one that is named, or "train".
 
     Args:
         texts: columns of texts, see `read_table`.
@@ -179,7 +192,7 @@ def read_splits(
     check_table(path)
     place = Path(path).expanduser()
     if place.is_file():
-        files = {"train": [place]}
+        files = {next(iter(named)) if named is not None and len(named) == 1 else "train": [place]}
     elif place.is_dir():
         files = _split_files(place) if named is None else files_of(place, named)
     elif named is not None:
