@@ -69,3 +69,10 @@ def announce(judge: Judge, asked: Mapping[str, Sequence[Comparison]], say: Calla
     say(said)
     if getattr(judge, "dry_run", False):
         raise DryRun(f"{said}; judge.dry_run=true, so nothing was asked. Leave it out to have them judged")
+
+
+def account(judge: Judge, say: Callable[[str], None]) -> None:
+    """Say what was asked and what it cost; what a stage does after its last verdict."""
+    told = getattr(judge, "account", None)
+    if told is not None:
+        say("the judge: " + ", ".join(f"{name.removeprefix('judge/')} {value:g}" for name, value in told.items()))

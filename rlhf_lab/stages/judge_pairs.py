@@ -1,7 +1,7 @@
 """Preference data from a judge: every pair is asked under every preference, and what is said becomes training pairs."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,8 @@ from rlhf_lab.data.verdicts import MarginBy, Ties, comparison, noisy, preference
 from rlhf_lab.engine.models import Hardware, ModelPaths, check_path, load_tokenizer
 from rlhf_lab.functional.resampling import mean_interval
 from rlhf_lab.interfaces import Judge
+from rlhf_lab.judges.price import account, announce
+from rlhf_lab.records import Comparison
 from rlhf_lab.run import Run
 from rlhf_lab.stages.shards import Shard, sharded, write_splits
 from rlhf_lab.types import Count, Fraction, Metrics, batches
@@ -91,7 +93,7 @@ class JudgePairs:
                 f"stage.criteria={self.criteria and list(self.criteria)} with stage.conditioned=false: pairs judged by "
                 "several preferences would contradict each other; name one, or set stage.conditioned=true"
             )
-        self.judge.check(self.criteria or self.preferences.names)
+        self.judge.check(self.criteria or self.preferences.names, promised)
 
     def run(self, run: Run) -> Metrics:
         names = self.dataset.made
@@ -106,12 +108,16 @@ class JudgePairs:
         metrics: Metrics = {}
         judged: dict[str, Rows] = {}
         made: dict[str, Rows] = {}
+        questions: dict[str, tuple[list[Question], Counter[str]]] = {}
         for split, (rows, prompts, _) in tables.items():
             name = names[split]
             pairs = [
                 {**row, "id": prompt.id, "prompt": prompt.written} for row, prompt in zip(rows, prompts, strict=True)
             ]
-            asked, left_out = self._questions(pairs, held_out if name == "train" else set())
+            questions[split] = self._questions(pairs, held_out if name == "train" else set())
+        announce(judge, _by_criterion(each for asked, _ in questions.values() for each in asked), run.console.say)
+        for split, (asked, left_out) in questions.items():
+            name = names[split]
             shards = [partial(self._shard, judge, asked[part]) for part in batches(len(asked), self.pairs_per_shard)]
             files = sharded(run, split, f"judging pairs of {split}", shards)
             judged[name] = [row for file in files for row in read_table(file)]
@@ -120,12 +126,13 @@ class JudgePairs:
             made |= data
             metrics |= {f"{name}/left_out/{reason}": float(count) for reason, count in left_out.items()}
             metrics |= {f"{table}/pairs": float(len(kept)) for table, kept in data.items()}
-            metrics |= {f"{name}/{key}": value for key, value in verdict_metrics(judged[name]).items()}
+            metrics |= {f"verdicts/{name}/{key}": value for key, value in verdict_metrics(judged[name]).items()}
             run.console.say(f"{split}: {len(data[name])} pairs of {len(judged[name])} verdicts; {said(left_out)}")
             if not data[name]:
                 raise ValueError(
                     f"no pair of {split} is left: {said(left_out)}; judge more pairs, or decide ties (stage.ties=coin)"
                 )
+        account(judge, run.console.say)
         run.make("verdicts", partial(write_splits, judged))
         run.make("data", partial(write_splits, made))
         run.log(0, metrics)
@@ -162,9 +169,9 @@ class JudgePairs:
 
     def _shard(self, judge: Judge, asked: Sequence[Question]) -> Shard:
         rows: Rows = []
-        for criterion in dict.fromkeys(criterion for criterion, _ in asked):
+        for criterion, comparisons in _by_criterion(asked).items():
             pairs = [pair for by, pair in asked if by == criterion]
-            verdicts = judge.compare([comparison(pair) for pair in pairs], criterion)
+            verdicts = judge.compare(comparisons, criterion)
             rows += [verdict_row(pair, criterion, verdict) for pair, verdict in zip(pairs, verdicts, strict=True)]
         return Shard(rows, 0)
 
@@ -180,6 +187,13 @@ class JudgePairs:
         several = sorted({row["preference"] for row in rows})
         apart = {f"{name}_{each}": [row for row in rows if row["preference"] == each] for each in several}
         return {name: rows, **(apart if len(several) > 1 else {})}, left_out
+
+
+def _by_criterion(asked: Iterable[Question]) -> dict[str, list[Comparison]]:
+    found: dict[str, list[Comparison]] = {}
+    for criterion, pair in asked:
+        found.setdefault(criterion, []).append(comparison(pair))
+    return found
 
 
 def verdict_metrics(verdicts: Rows) -> Metrics:

@@ -90,7 +90,7 @@ def test_every_rubrics_examples_are_answered_as_its_instruction_asks(name, form)
         (outcome,) = form.read(demonstrated(example, form), rubric, 1)
         assert outcome is not None
         if example.scores is None:
-            assert outcome.first_wins == {"A": 1.0, "tie": 0.5, "B": 0.0}[example.verdict]
+            assert outcome.first_wins == {"A": 1.0, "tie": 0.5, "B": 0.0}[str(example.verdict)]
         else:
             assert outcome.scores == example.scores
         assert outcome.reasoning == (example.reasoning if form.reasoning else "")

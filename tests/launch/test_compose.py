@@ -13,13 +13,14 @@ from rlhf_lab.launch.execute import preflight
 
 FILES = sorted([*(ROOT / "conf").rglob("*.yaml"), *(ROOT / "experiments").rglob("*.yaml")])
 # nothing to be composed, or what only the folder of a trained policy can say
-NOT_ALONE = {"constraint=none", "conditions=rewards_in_context"}
+NOT_ALONE = {"constraint=none", "judge=none", "conditions=rewards_in_context"}
 OPTIONS = sorted({f"{path.parent.name}={path.stem}" for path in (ROOT / "conf").glob("*/*.yaml")} - NOT_ALONE)
 EXPERIMENTS = sorted(
     f"experiments={path.relative_to(ROOT / 'experiments').with_suffix('')}"
     for path in (ROOT / "experiments").rglob("*.yaml")
 )
 SCORERS = ["scorers.reward_models=[a/b,a/b,a/b,a/b,a/b]", "scorers.cost_models=[a/b]"]
+JUDGING = ["stage=judge_pairs", "dataset=tiny_help_told_pairs", "stage.criteria=[helpful]"]
 # what an option needs beside it: what only the person can say, or the kind of run that reads it
 BESIDE = {
     "model=hf": ["model.base=embedded:tiny", *SCORERS],
@@ -36,6 +37,10 @@ BESIDE = {
     "objective=preferred": ["algorithm=pmorl"],
     **{f"objective={name}": ["reward=two"] for name in ("chebyshev", "morlhf", "worst_case")},
     **{f"evaluation_dataset={path.stem}": ["algorithm=dpo"] for path in (ROOT / "conf/evaluation_dataset").glob("*")},
+    "judge=gold": JUDGING,
+    "judge=simulated": JUDGING,
+    "judge=reward_model": JUDGING,
+    "judge=openai": [*JUDGING, "judge.endpoint.api_key_env=null"],
     "bound=hoeffding": ["bound.low=-10", "bound.high=10"],
     "bound=empirical_bernstein": ["bound.low=-10", "bound.high=10"],
     "bound=clopper_pearson": ["constraint.cost.limit=0.1", "constraint.cost.margin=0"],
