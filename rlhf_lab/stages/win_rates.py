@@ -106,7 +106,7 @@ class WinRates:
         judge = self.judge.load(self.hardware, Template(tokenizer, self.contestants.dataset.template_style))
         rows = [row for file in self._judged(run, judge, matches) for row in read_table(file)]
         run.make("data", lambda folder: write_table(rows, folder / VERDICTS))
-        single = read_judgements(_without_words(rows))
+        single = read_judgements(without_words(rows))
         every = [
             *single,
             *(each for name, parts in self.combinations.items() for each in combined(single, name, parts)),
@@ -181,7 +181,8 @@ class WinRates:
             run.warn(0, f"{unread} of {len(judged)} verdicts could not be read; they are excluded, see win_rates.csv")
 
 
-def _without_words(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def without_words(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows of verdicts without the judge's reasons and scores."""
     for row in rows:
         yield {name: value for name, value in row.items() if not name.startswith(("reason_", "score_"))}
 
