@@ -26,6 +26,7 @@ from rlhf_lab.report.plots import (
 )
 from rlhf_lab.report.run import Run
 from rlhf_lab.report.value_model_plots import accuracies, value_models
+from rlhf_lab.report.verdict_plots import verdicts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,13 @@ FIGURES: tuple[FigureSpec, ...] = (
         caption="Each marker is one preference on the held-out prompts, in standard deviations of the data. On the "
         "dashed line a policy obtains what it is asked for.",
         panels=trade_offs,
+    ),
+    FigureSpec(
+        name="verdicts",
+        title="The judge",
+        caption="With 95% intervals over prompts. A judge whom the order sways is seen in all three panels: what it is "
+        "shown first wins, its orders disagree, and where they do, both together are a tie.",
+        panels=verdicts,
     ),
     FigureSpec(
         name="ensemble",

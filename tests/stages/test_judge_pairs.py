@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from rlhf_lab.data.templates import Template
 from rlhf_lab.engine.generate import Sampling
 from rlhf_lab.engine.models import Hardware, ModelPaths, load_tokenizer
 from rlhf_lab.records import Verdict
+from rlhf_lab.report.run import read_run
+from rlhf_lab.report.verdict_plots import verdicts
 from rlhf_lab.run import Run
 from rlhf_lab.stages.judge_pairs import JudgePairs, verdict_metrics
 from rlhf_lab.stages.pair_up import PairUp
@@ -69,15 +72,15 @@ class Longer:
         return self
 
     def compare(self, comparisons, criterion) -> list[Verdict]:
-        verdicts = []
+        said = []
         for each in comparisons:
             assert each.prompt == each.prompt.plain
             self.asked.append((criterion, each.prompt.request, each.responses))
             first, second = (len(text.split()) * (-1 if criterion == "humour" else 1) for text in each.responses)
             won = 0.5 if first == second else float(first > second)
             read = None if "hm" in " ".join(each.responses).split() else won
-            verdicts.append(Verdict(by_order=(won, read), asked=2))
-        return verdicts
+            said.append(Verdict(by_order=(won, read), asked=2))
+        return said
 
 
 @pytest.fixture
@@ -163,7 +166,7 @@ def test_each_pair_is_asked_once_under_each_preference_and_what_is_left_out_is_c
     assert len(judge.asked) == len(set(judge.asked)) == 6 + 2
     held_out = {file.stem: len(read_table(file)) for file in (run / "data").glob("test*")}
     assert held_out == {"test": 2, "test_helpful": 1, "test_humour": 1}
-    assert metrics["train/helpful/unreadable"] == 1
+    assert metrics["verdicts/train/helpful/unreadable"] == 1
 
 
 def test_preferences_that_are_named_judge_every_pair_and_noise_is_for_training(pairs, ran):
@@ -277,9 +280,9 @@ def test_drawn_preferences_are_named_as_the_registry_reads_them(world, ran):
     assert all(row["told"] == REGISTRY.words(REGISTRY.held(row["preference"]), "policy") for row in rows)
     judged, _ = ran(judging(run / "data", Longer(), ties="coin"), "drawn_judged")
     sampled = {row["id"]: row["preference"] for row in rows}
-    verdicts = read_table(judged / "verdicts/train.parquet")
-    assert all(row["preference"] in sampled[row["id"]] for row in verdicts)
-    assert len(verdicts) == sum(name.count("+") + 1 for name in sampled.values())
+    said = read_table(judged / "verdicts/train.parquet")
+    assert all(row["preference"] in sampled[row["id"]] for row in said)
+    assert len(said) == sum(name.count("+") + 1 for name in sampled.values())
 
 
 def test_rollouts_refuse_unknown_preferences_one_sample_and_greedy_sampling(world):
@@ -325,3 +328,13 @@ def test_a_generation_table_becomes_pairs_split_by_prompt(tmp_path, ran):
             ),
             "no",
         )
+
+
+def test_the_page_shows_each_preference_of_each_split(pairs, ran):
+    directory, _ = ran(judging(pairs, Longer(), ties="coin"), "drawn")
+    panels = {panel.title: panel for panel in verdicts(read_run(directory))}
+    tied = panels["Ties, of both orders together"]
+    assert [name for _, name in tied.ticks] == ["helpful", "humour"]
+    by_split = {curve.label: curve.y.tolist() for curve in tied.curves if curve.kind == "estimates"}
+    assert by_split == {"train": [pytest.approx(1 / 3), 0.0], "test": [0.0, 0.0]}  # "hm j" could not be read
+    assert verdicts(replace(read_run(directory), metrics={0: {"train/pairs": 1.0}})) == []
