@@ -11,6 +11,7 @@ members_<reward>                      what each of its members said; [score] if 
 variances_<reward>                    how sure each member was, if they say so
 objective                             what the best is best by
 gold_<name>                           the truth
+text_<name>                           of the words alone: refusal, rouge_1, …; null where it does not apply
 verdict_<criterion>                   against a named opponent: 1 won, .5 tied, 0 lost, null if not judged
 """
 
@@ -50,7 +51,7 @@ _NAMED: Mapping[str, pa.DataType] = {
     "kl_k3": pa.float64(),
     "objective": pa.float64(),
 }
-_NUMBERS = ("score_", "gold_", "verdict_")  # a number for each response
+_NUMBERS = ("score_", "gold_", "text_", "verdict_")  # a number for each response
 _LISTS = ("members_", "variances_")  # a number for each member
 _CONVERSATION = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 

@@ -13,7 +13,7 @@ from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine import ranks
 from rlhf_lab.engine.generate import Sampling
 from rlhf_lab.engine.score import Scorer
-from rlhf_lab.evaluation.metrics import completion_metrics, half_width
+from rlhf_lab.evaluation.policies import split_metrics
 from rlhf_lab.functional.kl import kl_estimate
 from rlhf_lab.interfaces import Conditions, RewardSource, RolloutEngine
 from rlhf_lab.records import Prompt
@@ -93,6 +93,8 @@ def generation_rows(rows: Rows, run: str, step: int) -> Iterator[dict[str, Any]]
             **{f"variances_{name}": values for name, values in row["variances"].items()},
             **({"objective": row["objective"]} if "objective" in row else {}),
             **{f"gold_{name}": value for name, value in row["gold"].items()},
+            **{f"text_{name}": value for name, value in row.get("texts", {}).items()},
+            **{f"verdict_{name}": value for name, value in row.get("verdicts", {}).items()},
         }
 
 
@@ -136,24 +138,12 @@ class Evaluator:
         metrics: Metrics = {}
         rows: Rows = []
         for split, prompts in self.prompts.items():
-            batch = prompt_batch(self.template, prompts)
-            seed = derive(self.seed, "evaluation", split)
-            scored = scorer.score(engine.generate(batch, self.samples_per_prompt, seed))
-            gold = {name: source.score(scored.rollout) for name, source in self.gold.items()}
-            kl = distances(scored)
-            columns = {
-                **{f"rewards/{name}": score.value for name, score in scored.scores.items()},
-                **{f"gold/{name}": score.value for name, score in gold.items()},
-                "kl": kl["k1"],
-                "kl_k2": kl["k2"],
-                "kl_k3": kl["k3"],
-            }
-            for name, values in columns.items():
-                key = f"eval/{split}/{name}" if name.startswith("kl") else f"eval/{split}/{name}/mean"
-                by_prompt = values.view(-1, self.samples_per_prompt).mean(1)
-                metrics[key] = by_prompt.mean().item()
-                metrics[f"eval/{split}/{name}/ci95"] = half_width(by_prompt)
-            lengths = completion_metrics(scored)
-            metrics |= {f"eval/{split}/{k}": v for k, v in lengths.items() if k.startswith("completions/")}
-            rows += sample_rows(split, scored, gold)
+            sampled = self.sample(engine, scorer, split, prompts, derive(self.seed, "evaluation", split))
+            metrics |= split_metrics(split, sampled)
+            rows += sampled
         return metrics, rows
+
+    def sample(self, engine: RolloutEngine, scorer: Scorer, split: str, prompts: Sequence[Prompt], seed: int) -> Rows:
+        """One row per response to these prompts, of one split, with everything that was measured on it."""
+        scored = scorer.score(engine.generate(prompt_batch(self.template, prompts), self.samples_per_prompt, seed))
+        return sample_rows(split, scored, {name: source.score(scored.rollout) for name, source in self.gold.items()})

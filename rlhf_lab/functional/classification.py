@@ -118,7 +118,8 @@ def effective_size(outcome: Tensor, cluster: Tensor) -> float:
     """How many independent cases (N,) outcomes in clusters are worth: their number over the design effect.
 
     That effect is the variance of the mean as the clusters' sums show it over that of independent cases; it is 1 where
-    every case is a cluster of its own, and taken as 1 where all outcomes agree, or where it is below.
+    every case is a cluster of its own, and taken as 1 where it is below. Where all outcomes agree nothing shows how
+    alike a cluster's are, so that each is then worth one case.
 
     Args:
         cluster: (N,) int64; equal values are one cluster (the answers to one prompt).
@@ -129,8 +130,8 @@ def effective_size(outcome: Tensor, cluster: Tensor) -> float:
     _, place = cluster.unique(return_inverse=True)
     clusters = int(place.max()) + 1
     independent = x.var(correction=0).item() / n
-    if clusters == n or clusters < 2 or independent == 0:
-        return float(clusters if clusters < 2 else n)
+    if clusters in (1, n) or independent == 0:
+        return float(clusters)
     sums = torch.zeros(clusters, dtype=torch.float64).index_add_(0, place, x - x.mean())
     variance = clusters / (clusters - 1) * sums.square().sum().item() / n**2
     return n / max(1.0, variance / independent)

@@ -87,7 +87,7 @@ class Panel:
 
     Args:
         ticks: positions on x and what they are called; none for a scale of numbers.
-        y_range: lowest and highest value shown; None shows all of every curve.
+        x_range, y_range: lowest and highest value shown; None shows all of every curve.
         has_legend: False where one legend stands for several panels.
     """
 
@@ -96,6 +96,7 @@ class Panel:
     y_label: str
     curves: Sequence[Curve]
     ticks: Sequence[tuple[float, str]] = ()
+    x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
     has_legend: bool = True
 
@@ -174,7 +175,8 @@ def draw(axes: Axes, content: Panel, theme: Theme) -> None:
     axes.set_title(content.title)
     axes.set_xlabel(content.x_label)
     axes.set_ylabel(content.y_label)
-    axes.margins(x=0.02, y=0.12 if len(content.curves) < 4 else 0.25)  # room for the legend
+    # room for the legend, and for the names at either end
+    axes.margins(x=0.12 if content.ticks else 0.02, y=0.12 if len(content.curves) < 4 else 0.25)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
         # plain labels: an exponent in the corner would sit on the title
@@ -182,6 +184,8 @@ def draw(axes: Axes, content: Panel, theme: Theme) -> None:
     if content.ticks:
         places, names = zip(*content.ticks, strict=True)
         axes.set_xticks(places, names)
+    if content.x_range is not None:
+        axes.set_xlim(*content.x_range)
     if content.y_range is not None:
         axes.set_ylim(*content.y_range)
     if content.has_legend and len(content.curves) > 1:

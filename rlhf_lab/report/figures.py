@@ -3,7 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rlhf_lab.report.best_of_n_plots import best_of_n_ensembles
 from rlhf_lab.report.canvas import Panel
+from rlhf_lab.report.diversity_plots import across_inputs, per_input
+from rlhf_lab.report.generalisation_plots import scores_and_gaps, side_by_side
+from rlhf_lab.report.overoptimisation_plots import at_equal_kl
 from rlhf_lab.report.plots import (
     best_of_n,
     by_split,
@@ -50,7 +54,7 @@ OVERVIEW = FigureSpec(
     name="overview",
     title="The run at a glance",
     caption="Lines are training, markers are held-out prompts with 95% intervals where they were logged.",
-    panels=lambda run: accuracies(run) if run.value_models else overview(run),
+    panels=lambda run: (accuracies(run) if run.value_models else scores_and_gaps(run)[:6]) or overview(run),
 )
 FIGURES: tuple[FigureSpec, ...] = (
     FigureSpec(
@@ -104,6 +108,27 @@ FIGURES: tuple[FigureSpec, ...] = (
         panels=value_models,
     ),
     FigureSpec(
+        name="generalisation",
+        title="In and out of distribution",
+        caption="95% intervals over prompts, or over runs where a method has several. Above the dashed line a method "
+        "scores more in distribution than on that split.",
+        panels=scores_and_gaps,
+    ),
+    FigureSpec(
+        name="best_of_n_ensembles",
+        title="Best of n by single reward models and by ensembles",
+        caption="Each line chooses by its own scores. Thin lines are the members alone, and `single` their average; "
+        "shade is the 95% interval from resampling prompts, on the right of the difference prompt by prompt.",
+        panels=best_of_n_ensembles,
+    ),
+    FigureSpec(
+        name="overoptimisation",
+        title="Over-optimisation at equal KL",
+        caption="Means over seeds, where every seed came so far, with 95% t intervals over seeds as shade; the "
+        "difference is seed by seed. Dashed: best of n, at its own KL.",
+        panels=at_equal_kl,
+    ),
+    FigureSpec(
         name="soups",
         title="Soups",
         caption="Each marker is a policy mixed by weights; the dashed line is what taking some responses from each "
@@ -116,6 +141,19 @@ FIGURES: tuple[FigureSpec, ...] = (
         caption="Each marker is one preference on the held-out prompts, in standard deviations of the data. On the "
         "dashed line a policy obtains what it is asked for.",
         panels=trade_offs,
+    ),
+    FigureSpec(
+        name="diversity_per_input",
+        title="Diversity of the responses to one prompt",
+        caption="Means over prompts with 95% bootstrap intervals. Equal length means cut to as many words; of the best "
+        "of n, compare with as many single ones.",
+        panels=per_input,
+    ),
+    FigureSpec(
+        name="diversity_across_inputs",
+        title="Diversity of responses to many prompts",
+        caption="One set of responses, with the 95% interval that leaving out groups of prompts gives.",
+        panels=across_inputs,
     ),
     FigureSpec(
         name="verdicts",
@@ -152,6 +190,6 @@ FIGURES: tuple[FigureSpec, ...] = (
         name="held_out",
         title="Held-out scores by split",
         caption="One line per split; splits are never averaged together.",
-        panels=by_split,
+        panels=lambda run: side_by_side(run) if len(run.metrics) == 1 else by_split(run),
     ),
 )

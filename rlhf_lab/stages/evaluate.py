@@ -1,6 +1,6 @@
-"""A policy on every held-out split: all scores, gold, KL to the reference, lengths; each with its interval."""
+"""What policies are measured with on every held-out split: prompts, sampling, scores, gold, KL to the reference."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +9,10 @@ from rlhf_lab.data.templates import Template
 from rlhf_lab.engine.generate import Generator, Sampling
 from rlhf_lab.engine.models import LEARNT, Hardware, ModelPaths, check_path, load_frozen, load_tokenizer, new_token_ids
 from rlhf_lab.engine.score import Scorer
-from rlhf_lab.evaluation.evaluator import Evaluator, leave_table, under_conditions
+from rlhf_lab.evaluation.evaluator import Evaluator, under_conditions
 from rlhf_lab.interfaces import Conditions
+from rlhf_lab.records import Prompt
 from rlhf_lab.rewards.gold import Gold
-from rlhf_lab.run import Run
 from rlhf_lab.seeds import derive
 from rlhf_lab.types import Count, Metrics
 
@@ -37,7 +37,7 @@ class Bench:
 
 
 class Evaluate:
-    """Evaluation alone, of any policy folder.
+    """How policies are measured on held-out prompts: what a stage needs that measures some.
 
     Args:
         rewards: name -> source; null leaves one out.
@@ -69,13 +69,17 @@ class Evaluate:
         for source in self.rewards.values():
             source.check(promised)
 
+    def prompts(self, split: str, template: Template) -> Sequence[Prompt]:
+        """The prompts of a split, each once."""
+        return self.dataset.prompts(split, template)
+
     def bench(self, policy: str, seed: int) -> Bench:
         """Load what policies are measured with; `policy` is the folder of one of them, which says how prompts read."""
         device = self.hardware.start()
         new_tokens = [*self.model.new_tokens, *self.conditions.new_tokens]
         template = Template(load_tokenizer(policy, new_tokens), self.dataset.template_style)
         self.conditions.check(template)
-        prompts = {split: self.dataset.prompts(split, template) for split in self.dataset.splits}
+        prompts = {split: self.prompts(split, template) for split in self.dataset.splits}
         options = {
             "device": device,
             "dtype": LEARNT,
@@ -96,16 +100,3 @@ class Evaluate:
             seed=seed,
         )
         return Bench(evaluator=evaluator, scorer=scorer, sampling=self.sampling, options=options)
-
-    def run(self, run: Run) -> Metrics:
-        bench = self.bench(self.model.policy, run.seed)
-        run.resume()
-        for note in self.dataset.notes:
-            run.warn(0, note)
-        if self.model.policy == self.model.reference:
-            run.warn(0, "the reference is the policy itself: its KL is 0; name what it started from, model.reference=")
-        metrics, rows = bench.measure(self.model.policy)
-        run.write_rows("samples/step_000000.jsonl", rows)
-        leave_table(run, 0, rows, bench.scorer, bench.sampling)
-        run.log(0, metrics)
-        return metrics

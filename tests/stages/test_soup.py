@@ -81,7 +81,7 @@ def test_the_ends_of_the_lattice_measure_as_the_policies_alone(settings, policie
     rows = read_table(directory / "data/lattice.parquet")
     assert len(rows) == 2 * comb(2 + 2, 2)
     for i, policy in enumerate(policies):
-        _, alone = carried_out(Evaluate(**settings(policy)), f"alone_{i}")
+        alone, _ = Evaluate(**settings(policy)).bench(policy, 0).measure(policy)
         for row in rows:
             if row["weights"][i] == 1:
                 for name in ("gold/helpfulness/mean", "gold/cost/ci95", "kl", "completions/mean_length"):
@@ -100,7 +100,8 @@ def test_the_policy_that_is_written_is_the_mixture_that_is_measured(settings, po
     one, other, mixed = (load_file(Path(f) / "model.safetensors") for f in (*policies[:2], directory / "policy"))
     for name, tensor in mixed.items():
         assert_close(tensor, 0.3 * one[name] + 0.7 * other[name])
-    _, alone = carried_out(Evaluate(**settings(str(directory / "policy"))), "alone")
+    policy = str(directory / "policy")
+    alone, _ = Evaluate(**settings(policy)).bench(policy, 0).measure(policy)
     assert {name: value for name, value in last.items() if name.startswith("eval/")} == alone
     assert not (directory / "data").exists()
 
