@@ -3,6 +3,7 @@
 import gzip
 import lzma
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -30,7 +31,7 @@ def unpacked(file: Path) -> Iterator[Path]:
         try:
             with _OPENERS[file.suffix](file) as packed, plain.open("wb") as written:
                 shutil.copyfileobj(packed, written)
-        except (OSError, EOFError, lzma.LZMAError) as error:
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             raise ValueError(f"{file} cannot be unpacked as {file.suffix}: {error}; fetch it again") from error
         yield plain
 

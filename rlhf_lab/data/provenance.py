@@ -1,6 +1,7 @@
 """What a model saw while it was made, as far as the runs that made it recorded it: their frozen configurations."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ def prompts_behind(config: Mapping[str, Any]) -> set[str]:
     ids: set[str] = set()
     for name, node in _datasets(stage):
         try:
-            dataset = Dataset(**{key: value for key, value in node.items() if key != "_target_"})
-        except TypeError as error:
+            dataset = _made(node)
+        except (TypeError, AttributeError, ImportError) as error:
             raise ValueError(
                 f"the data set {node.get('path')} was recorded by another version of rlhf_lab ({error}); copy the "
                 "model out of its run directory and name what it was trained on with stage.disjoint_from"
@@ -60,6 +61,25 @@ def prompts_behind(config: Mapping[str, Any]) -> set[str]:
         for split in splits:
             ids |= dataset.prompt_ids(split, reads)
     return ids
+
+
+def _made(node: Any) -> Any:
+    """What a node of a frozen configuration says is to be made, of the classes of this package's data alone.
+
+    Raises:
+        ValueError: it names another.
+    """
+    if isinstance(node, list):
+        return [_made(entry) for entry in node]
+    if not isinstance(node, Mapping):
+        return node
+    inner = {key: _made(value) for key, value in node.items() if key != "_target_"}
+    if "_target_" not in node:
+        return inner
+    module, _, name = node["_target_"].rpartition(".")
+    if not module.startswith("rlhf_lab.data."):
+        raise ValueError(f"a recorded data set is made with {node['_target_']}, which is none of rlhf_lab.data")
+    return getattr(import_module(module), name)(**inner)
 
 
 def prompts_of_table(path: str, column: str) -> set[str]:

@@ -1,107 +1,21 @@
 """Local files, folders and hub data sets -> rows with known columns; what is missing or bad is said before any work."""
 
-import hashlib
-import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
-from pyarrow import csv, ipc, parquet
+from pyarrow import parquet
 
-from rlhf_lab.data.hub import COMPRESSED, Named, files_of, from_hub, unpacked
+from rlhf_lab.data.hub import Named, files_of, from_hub
+from rlhf_lab.data.readers import SUFFIXES, TEXTS, Rows, kind_of, read_table
 from rlhf_lab.records import Message, Prompt
 
-BadRows = Literal["error", "drop"]
-Rows = list[dict[str, Any]]
+__all__ = ["SUFFIXES", "TEXTS", "Rows", "read_table"]
 
-# names of columns that hold texts, and numbers only by their look
-TEXTS = (
-    "prompt",
-    "response",
-    "chosen",
-    "rejected",
-    "response_0",
-    "response_1",
-    "condition",
-    *(f"{side}_{name}" for side in ("strong", "weak") for name in ("prompt", "chosen", "rejected", "condition")),
-)
 # what `datasets.save_to_disk` writes beside the rows
 _DESCRIPTIONS = ("dataset_dict.json", "dataset_info.json", "state.json")
-
-
-def _read_jsonl(file: Path) -> Rows:
-    rows: Rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} is not JSON ({error.msg})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"line {number} is not an object of columns, but {line[:40]}")
-        rows.append(row)
-    return rows
-
-
-def _read_json(file: Path) -> Rows:
-    """One list of objects; or, as many do, JSON lines under this name."""
-    if not (text := file.read_text(encoding="utf-8")).lstrip().startswith("["):
-        return _read_jsonl(file)
-    rows = json.loads(text)
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("it is not a list of objects")
-    return rows
-
-
-def _read_arrow(file: Path) -> Rows:
-    """The stream that `datasets` writes, or Arrow's file format."""
-    with pa.memory_map(str(file)) as source:
-        try:
-            return ipc.open_stream(source).read_all().to_pylist()
-        except pa.ArrowInvalid:
-            return ipc.open_file(source).read_all().to_pylist()
-
-
-def _read_csv(file: Path, texts: Collection[str] = TEXTS) -> Rows:
-    """Types are guessed but for `texts`, which stay as they are written: 007, 1.50, NA."""
-    convert = csv.ConvertOptions(column_types=dict.fromkeys(texts, pa.string()))
-    return csv.read_csv(file, parse_options=_CSV, convert_options=convert).to_pylist()
-
-
-_CSV = csv.ParseOptions(newlines_in_values=True)
-_READERS: dict[str, Callable[[Path], Rows]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": lambda file: parquet.read_table(file).to_pylist(),
-    ".arrow": _read_arrow,
-}
-SUFFIXES = tuple(_READERS)
-
-
-def read_table(file: Path, texts: Collection[str] = TEXTS) -> Rows:
-    """The rows of a file of a kind that its name says; an empty file has none.
-
-    Args:
-        texts: columns of texts, which a csv file does not tell from numbers.
-
-    Raises:
-        ValueError: it cannot be read as what its name says.
-    """
-    if file.stat().st_size == 0:
-        return []
-    if file.suffix in COMPRESSED:
-        with unpacked(file) as plain:
-            try:
-                return read_table(plain, texts)
-            except ValueError as error:
-                raise ValueError(str(error).replace(str(plain), str(file))) from error
-    try:
-        return _read_csv(file, texts) if file.suffix == ".csv" else _READERS[file.suffix](file)
-    except (ValueError, OSError, pa.ArrowException) as error:
-        raise ValueError(f"{file} cannot be read as {file.suffix}: {str(error).splitlines()[0]}") from error
 
 
 def write_table(rows: Rows, file: Path) -> None:
@@ -147,32 +61,62 @@ def check_table(path: str) -> None:
         ValueError: naming the path and what is expected.
     """
     place = Path(path).expanduser()
-    if place.is_file() and _plain(place).suffix not in SUFFIXES:
+    is_table = bool(kind_of(place))
+    if place.is_file() and not is_table:
         raise ValueError(f"dataset.path={path}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
-    if not place.exists() and (path.startswith(("/", ".", "~")) or place.suffix in SUFFIXES or path.count("/") != 1):
+    if not place.exists() and (path.startswith(("/", ".", "~")) or is_table or path.count("/") != 1):
         raise ValueError(f"dataset.path={path}: no such file or folder; give one, or a hub id (owner/name)")
     if place.is_dir() and not _split_files(place):
         raise ValueError(f"dataset.path={path}: the folder holds no file of the kinds {', '.join(SUFFIXES)}")
-
-
-def _plain(file: Path) -> Path:
-    """A file's name without the end that says that it is compressed."""
-    return file.with_suffix("") if file.suffix in COMPRESSED else file
 
 
 def _split_files(folder: Path) -> dict[str, list[Path]]:
     """split -> its files: `train.parquet`, `train-00000-of-00002.parquet`, or a folder `train/`.
 
     A folder that `save_to_disk` left holds splits as folders, or one data set, which is "train".
+
+    Raises:
+        ValueError: of the files that their names count, one is missing.
     """
     found: dict[str, list[Path]] = {}
     single = (folder / "state.json").exists()
     for file in sorted(folder.rglob("*")):
-        if _plain(file).suffix in SUFFIXES and file.name not in _DESCRIPTIONS:
-            split = _plain(file).stem.split("-")[0] if file.parent == folder else file.parent.name
-            split = "train" if single else split
-            found.setdefault(split, []).append(file)
+        if (kind := kind_of(file)) and file.name not in _DESCRIPTIONS:
+            name = file.name[: file.name.rindex(kind)]
+            split = name.split("-")[0] if file.parent == folder else file.parent.name
+            found.setdefault("train" if single else split, []).append(file)
+    for split, files in found.items():
+        counted = [match for file in files if (match := re.search(r"-(\d+)-of-(\d+)\.", file.name))]
+        there, total = {int(match[1]) for match in counted}, {int(match[2]) for match in counted}
+        if len(total) == 1 and (missing := sorted(set(range(max(total))) - there)):
+            raise ValueError(
+                f"{folder} ({split}) has {len(there)} of {max(total)} files, number {missing[0]} is missing: it is "
+                "half written or half copied; make or fetch it again"
+            )
     return found
+
+
+def read_files(
+    path: str, revision: str | None, texts: Collection[str] = TEXTS, named: Named | None = None
+) -> dict[str, list[tuple[str, Rows]]]:
+    """split -> (name of a file, its rows), in order; see `read_splits`."""
+    check_table(path)
+    place = Path(path).expanduser()
+    if place.is_file():
+        files = {next(iter(named)) if named is not None and len(named) == 1 else "train": [place]}
+    elif place.is_dir():
+        files = _split_files(place) if named is None else files_of(place, named)
+    else:
+        read = _from_hub(path, revision) if named is None else from_hub(path, revision, named)
+        return {split: [(path, rows)] for split, rows in read.items()}
+    read = {split: [(part.name, read_table(part, texts)) for part in parts] for split, parts in files.items()}
+    for split, parts in read.items():
+        if len(parts) > 1 and (empty := [name for name, rows in parts if not rows]):
+            raise ValueError(
+                f"{path} ({split}): the file {empty[0]} of {len(parts)} is empty: it is half written; make it again, "
+                "or remove it if it is to be left out"
+            )
+    return read
 
 
 def read_splits(
@@ -187,19 +131,10 @@ def read_splits(
         named: split -> patterns of its files in the folder or the hub data set; None for those that are named by split.
 
     Raises:
-        ValueError: there is nothing to read, or a file cannot be read as what its name says.
+        ValueError: there is nothing to read, or a file cannot be read as what its name says, or is missing.
     """
-    check_table(path)
-    place = Path(path).expanduser()
-    if place.is_file():
-        files = {next(iter(named)) if named is not None and len(named) == 1 else "train": [place]}
-    elif place.is_dir():
-        files = _split_files(place) if named is None else files_of(place, named)
-    elif named is not None:
-        return from_hub(path, revision, named)
-    else:
-        return _from_hub(path, revision)
-    return {split: [row for part in parts for row in read_table(part, texts)] for split, parts in files.items()}
+    read = read_files(path, revision, texts, named)
+    return {split: [row for _, rows in parts for row in rows] for split, parts in read.items()}
 
 
 def _from_hub(path: str, revision: str | None) -> dict[str, Rows]:
@@ -213,26 +148,6 @@ def _from_hub(path: str, revision: str | None) -> dict[str, Rows]:
         reason = str(error).splitlines()[0]
         raise ValueError(f"dataset.path={path}: no such file or folder here, and not from the hub: {reason}") from error
     return {str(split): [dict(row) for row in rows] for split, rows in loaded.items()}
-
-
-def hold_out(rows: Rows, prompt_column: str, share: float) -> tuple[Rows, Rows]:
-    """Split rows by a hash of their prompt: (the rest, about `share` of the prompts, at least one of several).
-
-    A prompt is on one side only, and stays there when rows are added or their order changes.
-    """
-    places = [_place(row.get(prompt_column)) for row in rows]
-    if len(set(places)) < 2:
-        return rows, []
-    border = max(share, min(places))
-    held = [row for row, place in zip(rows, places, strict=True) if place <= border]
-    kept = [row for row, place in zip(rows, places, strict=True) if place > border]
-    return kept, held
-
-
-def _place(prompt: Any) -> float:
-    """A number in [0, 1) that a prompt has by its content."""
-    digest = hashlib.sha256(f"hold out {prompt}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") / 2**32
 
 
 def need(rows: Rows, columns: Mapping[str, str], wanted: Sequence[str], source: str, purpose: str) -> None:
@@ -292,31 +207,3 @@ def apart(row: Mapping[str, Any], messages: str, prompt: str, response: str) -> 
     if not spoken and not (isinstance(last, Mapping) and last.get("role") == "assistant"):
         raise ValueError(f"{messages} ends with {last!r}; the assistant speaks last in what is to be imitated")
     return {**row, prompt: before, response: last if isinstance(last, str) else last["content"]}
-
-
-class RowFilter:
-    """Finds bad rows and either refuses the data set or drops them and says how many, by reason."""
-
-    def __init__(self, source: str, policy: BadRows) -> None:
-        self.source, self.policy = source, policy
-        self.reasons: dict[str, list[int]] = {}
-
-    def reject(self, row: int, reason: str) -> None:
-        """Row number `row` is bad."""
-        self.reasons.setdefault(reason, []).append(row)
-
-    def report(self, total: int) -> str:
-        """What was dropped, or "" if nothing was.
-
-        Raises:
-            ValueError: rows are bad and the policy is to refuse, or nothing is left.
-        """
-        if not self.reasons:
-            return ""
-        found = "; ".join(f"{len(rows)} with {reason} (first: row {rows[0]})" for reason, rows in self.reasons.items())
-        dropped = sum(map(len, self.reasons.values()))
-        if self.policy == "error":
-            raise ValueError(f"{self.source}: {found}, of {total} rows; mend or drop them (dataset.bad_rows=drop)")
-        if dropped == total:
-            raise ValueError(f"{self.source}: no row is left of {total}: {found}")
-        return f"{self.source}: dropped {dropped} of {total} rows: {found}"

@@ -9,10 +9,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import csv, parquet
 
+from rlhf_lab.data.fitting import RowFilter
 from rlhf_lab.data.tables import (
-    RowFilter,
     check_table,
-    hold_out,
     join_tables,
     need,
     prompt_of,
@@ -146,25 +145,6 @@ def test_paths_that_may_be_hub_ids_pass_and_others_must_exist(tmp_path):
     for path in ("/nope", "./nope", "nope", "a/b/c", "owner/name.jsonl"):
         with pytest.raises(ValueError, match=re.escape(f"dataset.path={path}")):
             check_table(path)
-
-
-def test_hold_out_keeps_prompts_apart_and_does_not_depend_on_order_or_company():
-    rows = [{"prompt": f"p{i % 400}", "n": i} for i in range(1200)]
-    kept, held = hold_out(rows, "prompt", 0.2)
-    ours, theirs = {r["prompt"] for r in kept}, {r["prompt"] for r in held}
-    assert not ours & theirs
-    assert sorted(r["n"] for r in kept + held) == list(range(1200))
-    assert 0.14 < len(theirs) / 400 < 0.26  # five standard deviations of a binomial either side would be 0.1
-    again = hold_out(rows[::-1][:600], "prompt", 0.2)
-    assert {r["prompt"] for r in again[1]} <= theirs
-    assert hold_out(rows, "prompt", 0.1)[1] != []
-    assert {r["prompt"] for r in hold_out(rows, "prompt", 0.1)[1]} <= theirs
-
-
-def test_hold_out_of_a_few_rows_is_neither_nothing_nor_all():
-    kept, held = hold_out([{"prompt": f"p{i}"} for i in range(3)], "prompt", 0.001)
-    assert (len(kept), len(held)) == (2, 1)
-    assert hold_out([{"prompt": "only"}] * 3, "prompt", 0.5) == ([{"prompt": "only"}] * 3, [])
 
 
 def test_prompts_may_be_texts_turns_or_messages():
