@@ -36,7 +36,7 @@ class BestOfNCurve:
     alone; `member_<k>`; `mean`, `wco`, `uwo_<weight>`; `objective` if the table has one), n and measure the mean over
     prompts, its gain over one response and its difference to `single`, each with a 95 % interval by resampling prompts.
     Metrics, one row per n with n as its step: `best_of_n/kl` and `best_of_n/<split>/<selector>/<measure>/mean`, with
-    `ci95`, half the width of that interval, and the same of `gain/<measure>`.
+    `ci95`, half the width of that interval, and the same of `gain/<measure>` and `over_single/<measure>`.
 
     Args:
         generations: a generation table, or a finished run that left one.
@@ -133,6 +133,10 @@ class BestOfNCurve:
             metrics[f"{place}/{row['measure']}/ci95"] = (row["high"] - row["low"]) / 2
             metrics[f"{place}/gain/{row['measure']}/mean"] = row["gain"]
             metrics[f"{place}/gain/{row['measure']}/ci95"] = (row["gain_high"] - row["gain_low"]) / 2
+            if row["over_single"] is not None:
+                metrics[f"{place}/over_single/{row['measure']}/mean"] = row["over_single"]
+                half = (row["over_single_high"] - row["over_single_low"]) / 2
+                metrics[f"{place}/over_single/{row['measure']}/ci95"] = half
         return metrics
 
 
