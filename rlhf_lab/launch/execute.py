@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 
 from rlhf_lab import stopping
 from rlhf_lab.console import Console
+from rlhf_lab.data.statistics import of_stage
 from rlhf_lab.engine import ranks
 from rlhf_lab.engine.checkpoint import remove
 from rlhf_lab.environment import input_hashes
@@ -198,7 +199,10 @@ def carry_out(plan: Plan, console: Console) -> Metrics:
                 tracker.start(directory, plan.config)
                 afterwards.push(partial(_close, tracker))
             console.say(f"run {directory}")
-            metrics = stage.run(run)
+            try:
+                metrics = stage.run(run)
+            finally:
+                note_data(run, stage)
             run.finish(metrics)
             if ranks.is_first():
                 draw_report(directory)  # after the status, which the page shows
@@ -252,6 +256,12 @@ def _close(tracker: Tracker, kind: type[BaseException] | None, error: BaseExcept
     """As the end of a `with` block."""
     stopped = isinstance(error, Stopped | KeyboardInterrupt)
     tracker.finish("finished" if error is None else "stopped" if stopped else "failed")
+
+
+def note_data(run: Run, stage: object) -> None:
+    """Leave what the stage read of its data, and what it left out, as data.json; a run that failed has that too."""
+    if read := of_stage(stage):
+        run.write_text("data.json", json.dumps(read, indent=1))
 
 
 def _is_mistake(error: ValueError) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rlhf_lab.report.canvas import DARK, LIGHT, Panel, in_words, png
+from rlhf_lab.report.data_tables import DataTable, data_tables
 from rlhf_lab.report.figures import FIGURES, OVERVIEW, FigureSpec
 from rlhf_lab.report.run import Run, Sample, read_run
 from rlhf_lab.report.summary import (
@@ -69,7 +70,7 @@ def build_report(run_dir: Path) -> Path:
     run = read_run(run_dir)
     pictures = [draw(spec, panels, run_dir) for spec in (OVERVIEW, *FIGURES) if (panels := spec.panels(run))]
     page = run_dir / "report.html"
-    replace(page, render(run, pictures).encode())
+    replace(page, render(run, pictures, data_tables(run_dir)).encode())
     return page
 
 
@@ -102,7 +103,7 @@ def replace(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def render(run: Run, pictures: Sequence[Picture]) -> str:
+def render(run: Run, pictures: Sequence[Picture], data: Sequence[DataTable] = ()) -> str:
     limits = {cost: run.limit(cost) for cost in run.costs if math.isfinite(run.limit(cost))}
     return (
         templates()
@@ -113,6 +114,7 @@ def render(run: Run, pictures: Sequence[Picture]) -> str:
             tables=tables(run),
             limits=limits,
             pictures=pictures,
+            data=data,
             comparisons=comparisons(run),
             judge=judge_name(run),
             verdicts=verdicts,
