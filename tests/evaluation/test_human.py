@@ -79,7 +79,7 @@ def test_full_agreement_gaps_and_lone_raters():
 def test_a_judge_beside_people():
     people = [
         rating(r, i, v)
-        for r, each in enumerate([[2, 1, -1, 0], [1, 1, 1, -1], [2, -1, -1, 1]])
+        for r, each in enumerate([[1, 1, 1, -1], [2, 1, -1, 0], [2, -1, -1, 1]])
         for i, v in enumerate(each)
     ]
     # majorities: first, first, second, neither
