@@ -21,7 +21,12 @@ TRAINED = {
     "TrainOffline": ["stage.epochs=3", "stage.checkpoint_every=2", "stage.evaluate_every=4"],
     "RiC": ["stage.checkpoint_every=2"],
 }
-IN_PIECES = {"stage.prompts_per_shard": "4", "stage.rows_per_shard": "8", "stage.grid": "3"}
+IN_PIECES = {
+    "stage.prompts_per_shard": "4",
+    "stage.rows_per_shard": "8",
+    "stage.pairs_per_shard": "32",
+    "stage.grid": "3",
+}
 # settings with a state of their own, which no method has by default
 SETTINGS = {
     "pid": ["algorithm=ppo_lag", "dual=pid", "kl=adaptive", "constraint.cost.delay=1"],
@@ -37,6 +42,8 @@ SETTINGS = {
 }
 KINDS = {
     "annotate": ["stage=annotate"],
+    "rollout_pairs": ["experiments=tiny_help/told_pairs"],
+    "judge_pairs": ["experiments=tiny_help/judged_preferences"],
     "rank": ["stage=rank", "stage.ranked_by=helpfulness"],
     "score_table": ["stage=score_table", "dataset=tiny_help_preferences", "reward=single"],
     "best_of_n": ["algorithm=best_of_n", "stage.samples_per_prompt=4"],

@@ -28,6 +28,9 @@ def test_policy_reward_model_and_judge_read_the_words_of_the_registry(name: str,
     told = conditions.evaluated([Prompt.from_text("x")])[first][0].condition
     assert told == registry.wordings["policy"][first]
     assert plan.config["stage"]["rewards"]["helpful"]["condition"] == registry.wordings["reward_model"][first]
+    judged = plan_of("stage=judge_pairs", f"preferences={name}", "judge=openai", "dataset=table", "dataset.path=x")
+    assert judged.config["stage"]["judge"]["wording"] == registry.wordings["judge"]
+    assert instantiate(judged.config["stage"]["preferences"]).wordings == registry.wordings
 
 
 def test_one_reward_model_scores_under_each_preference_in_the_words_that_it_learnt(plan_of):
