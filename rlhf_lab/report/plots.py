@@ -288,7 +288,7 @@ def best_of_n(run: Run) -> list[Panel]:
     Source: the axes of Coste et al. 2024, arXiv:2310.02743, figure 1.
     """
     kl = run.series("best_of_n/kl")
-    if not kl.exists:
+    if not kl.exists or not run.splits:  # of a curve from a table, see best_of_n_plots.py
         return []
     split = run.splits[0]
     prefix = f"best_of_n/{split}/gain"

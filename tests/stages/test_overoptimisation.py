@@ -118,9 +118,7 @@ def test_best_of_n_stands_on_the_same_axes(compare, study):
 
 
 def test_refusals(compare, study):
-    with pytest.raises(
-        ValueError, match=r"single_0 and .*uwo_0 are both '0.1' with seed 0"):
-    ):
+    with pytest.raises(ValueError, match=r"single_0 and .*uwo_0 are both '0.1' with seed 0"):
         compare(group_by=["kl.beta"])
     with pytest.raises(ValueError, match=r"objective.w was not typed for this run .* change stage.group_by"):
         compare(group_by=["objective.w"])
