@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_lab.report.summary import number
-
 
 @dataclass(frozen=True, kw_only=True)
 class DataRow:
@@ -72,4 +70,4 @@ def _row(split: Mapping[str, Any]) -> DataRow:
 def _lengths(lengths: Mapping[str, float] | None) -> str:
     if lengths is None:
         return ""
-    return " · ".join(number(lengths[key]).removesuffix(".00") for key in ("min", "median", "p95", "max"))
+    return " · ".join(f"{lengths[key]:,.4g}" for key in ("min", "median", "p95", "max"))

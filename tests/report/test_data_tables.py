@@ -27,7 +27,7 @@ def test_every_count_is_written_out_and_what_there_is_not_is_left_empty(tmp_path
     assert (table.name, table.path, row.split, row.reads) == ("d", "p", "train", "safety pairs")
     assert (row.total, row.kept, row.prompts) == ("12,000", "10,498", "9,000")
     assert row.dropped == ["1,500 a duplicate of an earlier row", "2 an empty prompt"]
-    assert (row.prompt_tokens, row.response_tokens) == ("3 · 17.50 · 40 · 512", "")
+    assert (row.prompt_tokens, row.response_tokens) == ("3 · 17.5 · 40 · 512", "")
     assert row.labels == ["the safer response is unsafe: 26 %", "wrong on purpose: 3"]
 
 
