@@ -36,22 +36,25 @@ def distinct(texts: Sequence[Text], orders: Sequence[int]) -> float:
     return float(np.mean([unique / total if total else math.nan for unique, total in counts]))
 
 
-def expected_distinct(texts: Sequence[Text], orders: Sequence[int], vocabulary: int) -> float:
+def expected_distinct(texts: Sequence[Text], orders: Sequence[int], vocabularies: Sequence[int]) -> float:
     """Distinct n-grams over those that as many uniform draws from a vocabulary would give (EAD), averaged over n.
 
     U / (V (1 - ((V - 1) / V)^C)) with U distinct ones of C; it may exceed 1 by a little. NaN as in `distinct`.
 
     Args:
-        vocabulary: V, the same for every order, as in the code of Kirk et al. 2024, arXiv:2310.06452; there 50257.
+        vocabularies: V of each order. The code of Kirk et al. 2024, arXiv:2310.06452, has 50257 for all; where words
+            are few, that many n-grams of them are not, and V of order n is better the words' number to the power n.
 
     Source: Liu et al. 2022, arXiv:2202.13587, eq. 3.
     """
-    if vocabulary < 2:
-        raise ValueError(f"a vocabulary of {vocabulary}; EAD needs two words or more")
-    counts = [_distinct_and_all(texts, n) for n in orders]
-    log_missed = math.log1p(-1 / vocabulary)  # of one draw; expm1 and log1p: V is large
-    expected = [-vocabulary * math.expm1(total * log_missed) for _, total in counts]
-    return float(np.mean([u / e if e else math.nan for (u, _), e in zip(counts, expected, strict=True)]))
+    if min(vocabularies) < 2:
+        raise ValueError(f"a vocabulary of {min(vocabularies)}; EAD needs two words or more")
+    found: list[float] = []
+    for n, size in zip(orders, vocabularies, strict=True):
+        unique, total = _distinct_and_all(texts, n)
+        expected = -size * math.expm1(total * math.log1p(-1 / size))  # V is large: 1 - ((V - 1) / V)^C would round away
+        found.append(unique / expected if total else math.nan)
+    return float(np.mean(found))
 
 
 def gram_vectors(texts: Sequence[Text], n: int) -> sparse.csr_array:

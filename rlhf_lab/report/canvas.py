@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 Theme = Mapping[str, str]
-Kind = Literal["train", "state", "points", "held_out", "estimates", "limit", "gap", "span", "band", "thread"]
+Kind = Literal["train", "state", "points", "held_out", "estimates", "limit", "gap", "span", "band", "thread", "cells"]
 
 LIGHT: Theme = {
     "paper": "#ffffff",
@@ -65,10 +66,12 @@ class Curve:
         kind: "train", a line, smoothed over a thin one; "state", a line as it is; "points", unjoined;
             "held_out", joined markers with intervals; "estimates", unjoined ones; "limit", dashed; "gap", upright
             strokes from `y` to `to`; "span", shade where `y` is above 0; "band", a line in the shade of its intervals;
-            "thread", a thin line without a name, which stands behind such a line.
+            "thread", a thin line without a name, which stands behind such a line; "cells", squares of side 1.
         ci: (n,) half widths of 95% intervals in units of y, or none; of markers also (2, n), downwards and upwards.
         to: (n,) where the strokes of a gap end.
         marker: of the points of "held_out".
+        shade: (n,) from 0 to 1, how full the colour of cells is.
+        texts: what is written on cells, and in the text that stands for the picture.
     """
 
     x: Array
@@ -79,6 +82,8 @@ class Curve:
     ci: Array | None = None
     to: Array | None = None
     marker: str = "o"
+    shade: Array | None = None
+    texts: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,7 +91,7 @@ class Panel:
     """One pair of axes and what is on them.
 
     Args:
-        ticks: positions on x and what they are called; none for a scale of numbers.
+        ticks, y_ticks: positions on x, on y, and what they are called; none for a scale of numbers.
         x_range, y_range: lowest and highest value shown; None shows all of every curve.
         has_legend: False where one legend stands for several panels.
     """
@@ -96,6 +101,7 @@ class Panel:
     y_label: str
     curves: Sequence[Curve]
     ticks: Sequence[tuple[float, str]] = ()
+    y_ticks: Sequence[tuple[float, str]] = ()
     x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
     has_legend: bool = True
@@ -184,6 +190,9 @@ def draw(axes: Axes, content: Panel, theme: Theme) -> None:
     if content.ticks:
         places, names = zip(*content.ticks, strict=True)
         axes.set_xticks(places, names)
+    if content.y_ticks:
+        places, names = zip(*content.y_ticks, strict=True)
+        axes.set_yticks(places, names, rotation=90, va="center")  # along the cells: the margin is narrow
     if content.x_range is not None:
         axes.set_xlim(*content.x_range)
     if content.y_range is not None:
@@ -223,6 +232,13 @@ def draw_curve(axes: Axes, curve: Curve, colour: str) -> None:
             axes.plot(x, y, color=colour, linewidth=1.4, linestyle=(0, (5, 3)), label=label)
         case "gap":
             axes.vlines(x, y, y if curve.to is None else curve.to, color=colour, linewidth=1.0, alpha=0.7, label=label)
+        case "cells":
+            shades = np.zeros_like(y) if curve.shade is None else curve.shade
+            for left, bottom, shade, text in zip(x - 0.5, y - 0.5, shades, curve.texts, strict=True):
+                axes.add_patch(Rectangle((left, bottom), 1, 1, facecolor=colour, alpha=shade, linewidth=0))
+                axes.text(left + 0.5, bottom + 0.5, text, ha="center", va="center", fontsize=8.5)
+            axes.grid(visible=False)
+            axes.update_datalim([(x.min() - 0.5, y.min() - 0.5), (x.max() + 0.5, y.max() + 0.5)])
         case "span":
             axes.fill_between(
                 x, 0, 1, where=(y > 0).tolist(), transform=axes.get_xaxis_transform(), color=colour, alpha=0.15,
@@ -254,6 +270,8 @@ def in_words(panels: Sequence[Panel]) -> str:
 
 
 def curve_in_words(curve: Curve) -> str:
+    if curve.kind == "cells":
+        return f"{curve.label} {', '.join(text.replace(chr(10), ' ') for text in curve.texts)}"
     finite = curve.y[np.isfinite(curve.y)]
     if curve.kind == "span":
         return f"{curve.label} at {int((finite > 0).sum())} of {len(finite)} points"

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rlhf_lab.report.arena_plots import agreements, arenas, contest_ratings, win_rates
+from rlhf_lab.report.benchmark_plots import benchmarks
 from rlhf_lab.report.best_of_n_plots import best_of_n_ensembles
 from rlhf_lab.report.canvas import Panel
 from rlhf_lab.report.diversity_plots import across_inputs, per_input
@@ -54,7 +56,7 @@ OVERVIEW = FigureSpec(
     name="overview",
     title="The run at a glance",
     caption="Lines are training, markers are held-out prompts with 95% intervals where they were logged.",
-    panels=lambda run: (accuracies(run) if run.value_models else scores_and_gaps(run)[:6]) or overview(run),
+    panels=lambda run: accuracies(run) or scores_and_gaps(run)[:6] or benchmarks(run)[:6] or overview(run),
 )
 FIGURES: tuple[FigureSpec, ...] = (
     FigureSpec(
@@ -129,6 +131,12 @@ FIGURES: tuple[FigureSpec, ...] = (
         panels=at_equal_kl,
     ),
     FigureSpec(
+        name="benchmarks",
+        title="Standard benchmarks",
+        caption="95% intervals over questions, where the harness knows them.",
+        panels=benchmarks,
+    ),
+    FigureSpec(
         name="soups",
         title="Soups",
         caption="Each marker is a policy mixed by weights; the dashed line is what taking some responses from each "
@@ -154,6 +162,33 @@ FIGURES: tuple[FigureSpec, ...] = (
         title="Diversity of responses to many prompts",
         caption="One set of responses, with the 95% interval that leaving out groups of prompts gives.",
         panels=across_inputs,
+    ),
+    FigureSpec(
+        name="arena",
+        title="Arena: reward and cost",
+        caption="The challenger beside the baseline on the same prompts, ties as halves, with 95% intervals over "
+        "prompts. Blue cells: the challenger wins more; amber: the baseline does.",
+        panels=arenas,
+    ),
+    FigureSpec(
+        name="win_rates",
+        title="Win rates",
+        caption="Ties as halves, with 95% intervals over prompts. In a matrix each row plays against each column: blue "
+        "wins more than it loses, amber less.",
+        panels=win_rates,
+    ),
+    FigureSpec(
+        name="ratings",
+        title="Ratings",
+        caption="Bradley–Terry strengths on Elo's scale with 95% bootstrap intervals over prompts; 400 points are odds "
+        "of ten to one. The anchor has its rating by declaration.",
+        panels=contest_ratings,
+    ),
+    FigureSpec(
+        name="agreement",
+        title="People and judges",
+        caption="How far raters agree with one another, and the judge with them; 95% intervals over prompts.",
+        panels=agreements,
     ),
     FigureSpec(
         name="verdicts",

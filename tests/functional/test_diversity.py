@@ -17,6 +17,7 @@ from rlhf_lab.functional.diversity import (
 )
 
 FIVE = (1, 2, 3, 4, 5)
+RELEASED = [50257] * 5
 COPIES = [["one", "two", "three", "four", "five", "six", "seven", "eight"]] * 16
 TEXTS = [
     ["the", "cat", "sat", "on", "the", "mat"],
@@ -44,7 +45,7 @@ def slow_bleu(hypothesis, references, max_order):
 
 def test_sixteen_copies_of_eight_words():
     assert distinct(COPIES, FIVE) == pytest.approx(0.0625)
-    assert expected_distinct(COPIES, FIVE, 50257) == pytest.approx(0.06256, abs=5e-6)
+    assert expected_distinct(COPIES, FIVE, RELEASED) == pytest.approx(0.06256, abs=5e-6)
     assert self_bleu(COPIES, 4) == pytest.approx(1)
     assert mean_cosine(gram_vectors(COPIES, 3)) == pytest.approx(1)
 
@@ -52,7 +53,7 @@ def test_sixteen_copies_of_eight_words():
 def test_three_texts_without_a_common_word():
     apart = [list("abcdef"), list("ghijkl"), list("mnopqr")]
     assert distinct(apart, FIVE) == 1
-    assert expected_distinct(apart, FIVE, 50257) == pytest.approx(1.0001, abs=5e-5)  # above 1, as released
+    assert expected_distinct(apart, FIVE, RELEASED) == pytest.approx(1.0001, abs=5e-5)  # above 1, as released
     assert mean_cosine(gram_vectors(apart, 3)) == pytest.approx(0)
     assert self_bleu(apart, 4) == 0
 
@@ -62,22 +63,29 @@ def test_distinct_counts_by_hand():
     assert distinct([list("aab"), list("ab")], (2,)) == 2 / 3
     assert distinct([list("aab"), list("ab")], (1, 2)) == pytest.approx((2 / 5 + 2 / 3) / 2)
     # of 5 draws from two words: 2 (1 - 1 / 32) are expected to differ
-    assert expected_distinct([list("aab"), list("ab")], (1,), 2) == pytest.approx(2 / (2 * (1 - 0.5**5)))
+    assert expected_distinct([list("aab"), list("ab")], (1,), [2]) == pytest.approx(2 / (2 * (1 - 0.5**5)))
 
 
 def test_what_cannot_be_said_is_not_a_number():
     assert math.isnan(distinct([list("ab")], (1, 3)))
     assert math.isnan(distinct([[], []], (1,)))
-    assert math.isnan(expected_distinct([[]], (1,), 9))
+    assert math.isnan(expected_distinct([[]], (1,), [9]))
     assert math.isnan(self_bleu([list("ab"), []], 4))
     assert math.isnan(mean_cosine(gram_vectors([list("ab"), list("abc")], 3)))
+
+
+def test_each_order_has_a_vocabulary_of_its_own():
+    # "aab": 3 letters of two, of which 2 (1 - 1 / 8) are expected to differ; 2 pairs of four, 4 (1 - 9 / 16) expected
+    assert expected_distinct([list("aab")], (1, 2), [2, 4]) == pytest.approx((2 / 1.75 + 2 / 1.75) / 2)
+    with pytest.raises(ValueError, match="a vocabulary of 1"):
+        expected_distinct([list("aab")], (1,), [1])
 
 
 def test_expected_distinct_does_not_fall_as_uniform_text_grows():
     draws = np.random.default_rng(0)
     for length in (20, 200, 2000):
         text = draws.integers(0, 100, length).tolist()
-        assert expected_distinct([text], (1,), 100) == pytest.approx(1, abs=0.1)
+        assert expected_distinct([text], (1,), [100]) == pytest.approx(1, abs=0.1)
     assert distinct([text], (1,)) < 0.1
 
 
