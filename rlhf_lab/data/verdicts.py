@@ -4,11 +4,10 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
-
+from rlhf_lab.data.noise import LabelNoise
 from rlhf_lab.data.tables import Rows, prompt_of
 from rlhf_lab.records import Comparison, Verdict
-from rlhf_lab.seeds import derive, generator
+from rlhf_lab.seeds import derive
 
 Ties = Literal["drop", "coin", "keep"]
 MarginBy = Literal["wins", "scores"]
@@ -106,9 +105,12 @@ def _margin(verdict: Mapping[str, Any], better: int, by: MarginBy) -> float:
     return scores[better] - scores[1 - better]
 
 
-def noisy(rows: Rows, share: float, seed: int) -> Rows:
-    """The rows with `better` turned round in exactly this share of those that no tie decided."""
+def noisy(rows: Rows, noise: LabelNoise) -> Rows:
+    """The rows with `better` turned round in some of those that no tie decided."""
     decided = [i for i, row in enumerate(rows) if row["wins"] != 0.5]
-    order = torch.randperm(len(decided), generator=generator(seed, "verdict noise")).tolist()
-    turned = {decided[place] for place in order[: round(share * len(decided))]}
+    identities = [
+        "\x1f".join((rows[i]["id"], rows[i]["preference"], *sorted((rows[i]["response_0"], rows[i]["response_1"]))))
+        for i in decided
+    ]
+    turned = {decided[place] for place in noise.flipped([each.encode("utf-8", "surrogatepass") for each in identities])}
     return [row | {"better": 1 - row["better"]} if i in turned else row for i, row in enumerate(rows)]

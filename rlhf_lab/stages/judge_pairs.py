@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from rlhf_lab.data.dataset import Dataset
+from rlhf_lab.data.noise import LabelNoise, Recipe
 from rlhf_lab.data.pairs import said
 from rlhf_lab.data.preferences import Registry
 from rlhf_lab.data.tables import Rows, read_table
@@ -19,6 +20,7 @@ from rlhf_lab.interfaces import Judge
 from rlhf_lab.judges.price import account, announce
 from rlhf_lab.records import Comparison
 from rlhf_lab.run import Run
+from rlhf_lab.seeds import derive
 from rlhf_lab.stages.shards import Shard, sharded, write_splits
 from rlhf_lab.types import Count, Fraction, Metrics, batches
 
@@ -46,7 +48,7 @@ class JudgePairs:
         conditioned: whether the data say by which preference each pair was judged. false for a reward model of one
             criterion, which need not be in the registry then.
         ties, margin_by: see `preference_rows`.
-        noise: share of the training labels that are turned round, exactly.
+        noise, noise_recipe: of the training labels, see `LabelNoise`.
         pairs_per_shard: pairs between two saves; a killed run continues after its last shard.
 
     Source: annotation and reward models of Personalized Soups, Jang et al. 2023, arXiv:2310.11564, whose code lacks the
@@ -66,6 +68,7 @@ class JudgePairs:
         ties: Ties,
         margin_by: MarginBy,
         noise: Fraction,
+        noise_recipe: Recipe,
         pairs_per_shard: Count,
     ) -> None:
         self.model, self.dataset, self.judge, self.preferences = model, dataset, judge, preferences
@@ -73,6 +76,7 @@ class JudgePairs:
         self.criteria = None if criteria is None else tuple(criteria)
         self.ties: Ties = ties
         self.margin_by: MarginBy = margin_by
+        self.noise_recipe: Recipe = noise_recipe
         self.pairs_per_shard = pairs_per_shard
 
     def check(self, promised: Collection[str] = ()) -> None:
@@ -183,7 +187,9 @@ class JudgePairs:
             verdicts, ties=self.ties, margin_by=self.margin_by, told=told, held_out=held_out, seed=seed
         )
         if not held_out:
-            return {name: noisy(rows, self.noise, seed)}, left_out
+            return {
+                name: noisy(rows, LabelNoise(recipe=self.noise_recipe, rate=self.noise, seed=derive(seed, "noise")))
+            }, left_out
         several = sorted({row["preference"] for row in rows})
         apart = {f"{name}_{each}": [row for row in rows if row["preference"] == each] for each in several}
         return {name: rows, **(apart if len(several) > 1 else {})}, left_out

@@ -7,7 +7,8 @@ from typing import Any
 from rlhf_lab.data.generations import Generations, find
 from rlhf_lab.data.pairs import Pairing, paired, said
 from rlhf_lab.data.preferences import JOINT, Registry
-from rlhf_lab.data.tables import Rows, hold_out
+from rlhf_lab.data.readers import Rows
+from rlhf_lab.data.splits import hold_out
 from rlhf_lab.run import Run
 from rlhf_lab.stages.shards import write_splits
 from rlhf_lab.types import Fraction, Metrics
@@ -65,7 +66,8 @@ class PairUp:
             metrics |= {f"{name}/left_out/{reason}": float(count) for reason, count in left_out.items()}
             run.console.say(f"{split}: {len(tables[name])} pairs; {said(left_out)}")
         if not others:
-            tables["train"], tables["test"] = hold_out(tables["train"], "id", self.hold_out)
+            rows = tables["train"]
+            tables["train"], tables["test"] = ([rows[i] for i in part] for part in hold_out(rows, "id", self.hold_out))
         for name, rows in tables.items():
             if not rows:
                 raise ValueError(f"{table.path} leaves no pair for {name!r}; sample more, or change stage.hold_out")

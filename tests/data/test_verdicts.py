@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_lab.data.noise import LabelNoise
 from rlhf_lab.data.verdicts import comparison, noisy, preference_rows, verdict_row
 from rlhf_lab.records import Verdict
 
@@ -96,8 +97,12 @@ def test_margins_of_scores_are_those_of_the_winner_and_need_scores():
 def test_noise_turns_exactly_its_share_of_what_no_tie_decided():
     rows, _ = learnt(*[judged(*((1.0, 1.0) if i % 3 else (0.5, 0.5)), id=f"p{i}") for i in range(60)], ties="keep")
     assert len(rows) == 40 + 2 * 20
-    turned = noisy(rows, 0.25, 0)
+
+    def noise(seed: int) -> LabelNoise:
+        return LabelNoise(recipe="exact", rate=0.25, seed=seed)
+
+    turned = noisy(rows, noise(0))
     changed = [row for row in turned if row["better"] != row["clean_better"]]
     assert len(changed) == 10
     assert all(row["wins"] == 1.0 for row in changed)
-    assert noisy(rows, 0.25, 1) != turned == noisy(rows, 0.25, 0)
+    assert noisy(rows, noise(1)) != turned == noisy(rows, noise(0))

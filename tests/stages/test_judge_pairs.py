@@ -112,6 +112,7 @@ def judging(path: Path, judge: Any, **changes: Any) -> JudgePairs:
         "ties": "drop",
         "margin_by": "wins",
         "noise": 0.0,
+        "noise_recipe": "exact",
         "pairs_per_shard": 2,
     }
     return JudgePairs(
