@@ -161,6 +161,7 @@ class Session:
     async def ask(
         self,
         body: Mapping[str, Any],
+        key: str,
         tokens: float,
         prices: Prices,
         at_most: float,
@@ -170,6 +171,7 @@ class Session:
         """One reply, after as many tries as it takes and are allowed.
 
         Args:
+            key: the same for the same call: an endpoint that honours idempotency keys does not charge for it twice.
             tokens: of prompt and reply, estimated, for the cap on tokens a minute.
             at_most: dollars; what a reply is taken to cost whose endpoint does not count tokens.
             begun, failed: told before each try, and after each that failed.
@@ -182,7 +184,7 @@ class Session:
             await self.pace.turn(tokens)
             begun()
             try:
-                return await self._try(body, prices, at_most)
+                return await self._try(body, key, prices, at_most)
             except Fault as fault:
                 failed(fault)
                 why, rest = fault.why, fault.wait or 0.0
@@ -200,11 +202,13 @@ class Session:
             "reply so far is kept, so give the same command again when it answers"
         )
 
-    async def _try(self, body: Mapping[str, Any], prices: Prices, at_most: float) -> Reply:
+    async def _try(self, body: Mapping[str, Any], key: str, prices: Prices, at_most: float) -> Reply:
         import openai
 
         try:
-            raw = await self.client.chat.completions.with_raw_response.create(**body)
+            raw = await self.client.chat.completions.with_raw_response.create(
+                **body, extra_headers={"Idempotency-Key": key}
+            )
             return _reply(raw.http_response.content, prices, at_most)
         except openai.APITimeoutError as error:
             raise Fault("no reply in time", was_paid=True) from error

@@ -295,6 +295,7 @@ class LanguageModelJudge:
 
         reply = await session.ask(
             call.body,
+            call.key,
             tokens + self.decoding.max_tokens,
             self.prices,
             at_most,

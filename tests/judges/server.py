@@ -2,6 +2,7 @@
 
 import json
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -90,10 +91,19 @@ class ScriptedServer:
         return answer
 
 
+class _Gone(Exception):
+    """A request that ends in its middle."""
+
+
 class _Http(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
     scripted: ScriptedServer
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Whoever asked is gone, killed in the middle of a request perhaps; other errors are shown."""
+        if not isinstance(sys.exc_info()[1], ConnectionError | _Gone):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -102,7 +112,10 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Http  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        size = int(self.headers["content-length"])
+        if len(sent := self.rfile.read(size)) < size:
+            raise _Gone
+        body = json.loads(sent)
         answer = self.server.scripted.respond(body, dict(self.headers))
         payload = answer.body(body["model"])
         head = {"content-type": "application/json", "content-length": str(len(payload)), **answer.headers}

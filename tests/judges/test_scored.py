@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,7 +70,8 @@ def test_a_simulated_judge_says_the_same_again_and_the_mirror_image_of_exchanged
     said = simulated().compare(pairs, "helpfulness")
     assert simulated().compare(pairs[::-1], "helpfulness") == said[::-1]  # not by their place among others
     mirrored = simulated().compare([each.swapped for each in pairs], "helpfulness")
-    assert [v.by_order for v in mirrored] == [(1 - v.by_order[1], 1 - v.by_order[0]) for v in said]
+    straight = np.array([v.by_order for v in said], dtype=float)
+    assert [v.by_order for v in mirrored] == [tuple(row) for row in (1 - straight[:, ::-1]).tolist()]
     assert simulated(seed=1).compare(pairs, "helpfulness") != said
     assert simulated().compare([], "helpfulness") == []
 
