@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-# split -> pattern or patterns of its files, relative to the data set, e.g. data/train-*.parquet
-Named = Mapping[str, str | Sequence[str]]
+# split -> pattern or patterns of its files, relative to the data set, e.g. data/train-*.parquet; None for no such split
+Named = Mapping[str, str | Sequence[str] | None]
 
 # how the datasets library reads a file, by the end of its name
 _KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}

@@ -14,7 +14,13 @@ from rlhf_lab.launch.execute import preflight
 FILES = sorted([*(ROOT / "conf").rglob("*.yaml"), *(ROOT / "experiments").rglob("*.yaml")])
 # nothing to be composed, or what only the folder of a trained policy can say
 NOT_ALONE = {"constraint=none", "judge=none", "conditions=rewards_in_context"}
-OPTIONS = sorted({f"{path.parent.name}={path.stem}" for path in (ROOT / "conf").glob("*/*.yaml")} - NOT_ALONE)
+# public data sets, but for two: tests/data/test_sources.py composes each of them
+SOURCES = {
+    f"dataset={path.stem}"
+    for path in (ROOT / "conf/dataset").glob("*.yaml")
+    if not path.stem.startswith(("table", "tiny_help", "hh_rlhf_processed", "tldr_length"))
+}
+OPTIONS = sorted({f"{path.parent.name}={path.stem}" for path in (ROOT / "conf").glob("*/*.yaml")} - NOT_ALONE - SOURCES)
 EXPERIMENTS = sorted(
     f"experiments={path.relative_to(ROOT / 'experiments').with_suffix('')}"
     for path in (ROOT / "experiments").rglob("*.yaml")
