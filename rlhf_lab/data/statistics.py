@@ -68,7 +68,7 @@ class Counted:
         return [{"split": split, **asdict(each)} for (split, _), each in self.splits.items()]
 
 
-def counted_in(value: object, name: str = "", depth: int = 4) -> Iterator[tuple[str, str, Counted]]:
+def counted_in(value: object, name: str = "", depth: int = 6) -> Iterator[tuple[str, str, Counted]]:
     """(where it is, its path, its statistics) of every data set that a stage, or something of its own, holds."""
     if depth and isinstance(value, Mapping):
         for key, entry in value.items():

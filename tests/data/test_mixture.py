@@ -8,7 +8,8 @@ import pytest
 
 from rlhf_lab.data import tiny_help
 from rlhf_lab.data.dataset import Dataset
-from rlhf_lab.data.mixture import Ingredient, Mixture, apportion
+from rlhf_lab.data.ingredient import Ingredient, apportion
+from rlhf_lab.data.mixture import Mixture
 from rlhf_lab.data.templates import Template
 from rlhf_lab.engine.models import load_tokenizer
 
@@ -118,9 +119,134 @@ def test_mistakes_are_named():
         mixture(10, humour=ingredient(condition="<blunt>")).demonstrations("train", TEMPLATE)
     with pytest.raises(ValueError, match=r"best=0\.5 with chosen_by=None"):
         ingredient(chosen_by=None, best=0.5)
-    with pytest.raises(ValueError, match="is of demonstrations, but preferences are needed"):
-        mixture(humour=ingredient()).check((), "preferences")  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"parts\.humour\.chosen_by=humour chooses demonstrations, but preferences are needed"
+    ):
+        mixture(humour=ingredient()).check((), "preferences")
     with pytest.raises(ValueError, match="write conversations differently"):
         mixture(a=ingredient(), b=ingredient(dataset=world(template="dialogue")))
     with pytest.raises(ValueError, match=r"dataset\.parts is empty"):
         mixture()
+
+
+def tables(folder, **parts: tuple[list[dict[str, Any]], list[dict[str, Any]]]) -> dict[str, Dataset]:
+    """Data sets of a training and a test split."""
+    made: dict[str, Dataset] = {}
+    for name, splits in parts.items():
+        (folder / name).mkdir()
+        for split, rows in zip(("train", "test"), splits, strict=True):
+            (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path = str(folder / name)
+        made[name] = world(path=path, train_split="train", train_size=None, eval_splits=None, on_overlap="error")
+    return made
+
+
+def rows(n: int, tag: str, **columns: Any) -> list[dict[str, Any]]:
+    return [{"prompt": f"{tag} {i}", **{k: v.format(i) for k, v in columns.items()}} for i in range(n)]
+
+
+def part(dataset: Dataset, **amount: Any) -> Ingredient:
+    return Ingredient(dataset=dataset, condition="", **amount)
+
+
+KINDS: dict[str, dict[str, str]] = {
+    "prompts": {},
+    "demonstrations": {"response": "say {}"},
+    "preferences": {"chosen": "good {}", "rejected": "bad {}"},
+    "rankings": {},
+    "quadruples": {f"{s}_{c}": f"{s} {c} {{}}" for s in ("strong", "weak") for c in ("prompt", "chosen", "rejected")},
+    "safety_pairs": {"response_0": "a {}", "response_1": "b {}"},
+}
+
+
+@pytest.mark.parametrize("reads", KINDS)
+def test_every_kind_of_record_is_mixed_in_proportion_and_in_counts_and_told_its_condition(tmp_path, reads):
+    def made(n: int, tag: str) -> list[dict[str, Any]]:
+        columns = {name: f"{tag} {text}" for name, text in KINDS[reads].items()}
+        found = rows(n, tag, **columns)
+        for i, row in enumerate(found):
+            row |= {"responses": [f"first {i}", f"second {i}"], "safer": 0, "safe_0": 1, "safe_1": 0}
+        return found
+
+    data = tables(tmp_path, a=(made(10, "a"), made(4, "at")), b=(made(6, "b"), made(3, "bt")))
+    parts = {
+        "a": Ingredient(dataset=data["a"], condition="<helpful>", proportion=0.5),
+        "b": Ingredient(dataset=data["b"], condition="<humour>", count=15),
+    }
+    mixed = Mixture(parts, train_size=None, eval_size=None, seed=0, on_overlap="error")
+    mixed.check((), reads)
+    records = getattr(mixed, reads)("train", TEMPLATE)
+    told = Counter(map(_told, records))
+    whose = Counter(condition for _, condition in told.elements())
+    assert whose == {"<helpful>": 5, "<humour>": 15}
+    copies = Counter(count for (_, condition), count in told.items() if condition == "<humour>")
+    assert copies == {2: 3, 3: 3}  # six rows for fifteen: all of them twice, three of them once more
+    assert all(count == 1 for (_, condition), count in told.items() if condition == "<helpful>")
+    assert len(getattr(mixed, reads)("test", TEMPLATE)) == 7
+    [train, _] = mixed.counted.as_json()
+    assert (train["total"], train["kept"], train["dropped"]) == (16, 20, {"rows of a not drawn": 5})
+    assert train["labels"] == {"of a": 0.25, "of b": 0.75}
+
+
+def _told(record: Any) -> tuple[str, str]:
+    prompt = getattr(getattr(record, "strong", record), "prompt", record)
+    return prompt.id, prompt.condition
+
+
+@pytest.mark.parametrize(
+    ("amount", "there", "wanted"),
+    [
+        ({"proportion": "1/3"}, 10, 3),
+        ({"proportion": 0.1}, 30, 3),
+        ({"proportion": 2.5}, 4, 10),
+        ({"proportion": 0}, 7, 0),
+        ({"count": 1000}, 7, 1000),
+    ],
+)
+def test_amounts_are_what_was_typed(amount, there, wanted):
+    assert part(world(), **amount).wanted(there) == wanted
+
+
+def test_another_part_changes_nothing_of_what_a_part_gives(tmp_path):
+    data = tables(tmp_path, a=(rows(20, "a"), rows(2, "at")), b=(rows(9, "b"), rows(2, "bt")))
+    first = {"a": part(data["a"], proportion=0.5)}
+    alone = Mixture(first, None, None, seed=1).prompts("train", TEMPLATE)
+    beside = Mixture({"b": part(data["b"], count=4), **first}, None, None, seed=1).prompts("train", TEMPLATE)
+    assert beside[4:] == alone
+    assert Mixture(first, None, None, seed=2).prompts("train", TEMPLATE) != alone
+
+
+def test_prompts_of_one_part_that_another_holds_out_are_refused_or_left_out(tmp_path):
+    data = tables(tmp_path, a=(rows(5, "a"), rows(2, "at")), b=([*rows(3, "b"), *rows(2, "at")], rows(2, "bt")))
+    parts = {name: part(data[name], proportion=1) for name in data}
+    with pytest.raises(
+        ValueError, match=r"2 prompts of the training rows of the part b are in the split 'test' of the p"
+    ):
+        Mixture(parts, None, None, seed=0, on_overlap="error").prompts("train", TEMPLATE)
+    dropped = Mixture(parts, None, None, seed=0, on_overlap="drop")
+    assert len(dropped.prompts("train", TEMPLATE)) == 8
+    assert any("2 prompts" in note and "left out" in note for note in dropped.notes)
+    assert len(Mixture(parts, None, None, seed=0, on_overlap="keep").prompts("train", TEMPLATE)) == 10
+
+
+def test_amounts_that_do_not_go_together_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="give one of share, proportion and count"):
+        part(world(), share=1.0, count=3)
+    with pytest.raises(ValueError, match="no amount; give one of"):
+        part(world())
+    with pytest.raises(ValueError, match="is negative"):
+        part(world(), proportion=-0.5)
+    with pytest.raises(ValueError, match="is no number and no ratio"):
+        part(world(), proportion="half")
+    with pytest.raises(ValueError, match=r"\['a'\] have a share of it, \['b'\] a proportion or count"):
+        Mixture({"a": part(world(), share=1.0), "b": part(world(), count=2)}, 10, 10, seed=0)
+    with pytest.raises(ValueError, match="proportions and counts need neither"):
+        Mixture({"b": part(world(), count=2)}, 10, 10, seed=0)
+
+
+def test_pairs_of_which_only_some_have_scores_are_refused(tmp_path):
+    scored = rows(3, "b", chosen="x {}", rejected="y {}", score_h_chosen="1", score_h_rejected="0")
+    data = tables(tmp_path, a=(rows(3, "a", chosen="x {}", rejected="y {}"), []), b=(scored, []))
+    mixed = Mixture({name: part(data[name], proportion=1) for name in data}, None, None, seed=0)
+    with pytest.raises(ValueError, match=r"some pairs have the scores \[\], others \['h'\]"):
+        mixed.preferences("train", TEMPLATE)
