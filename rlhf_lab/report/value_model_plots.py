@@ -35,6 +35,8 @@ def named(split: str) -> str:
 
 def accuracies(run: Run) -> list[Panel]:
     """Pairwise accuracy, a marker for each split and source; half is a coin."""
+    if not run.value_models:
+        return []
     splits = ordered(run, next(iter(run.value_models.values())))
     curves = []
     for k, name in enumerate(run.value_models):
