@@ -141,8 +141,9 @@ class _Writing:
         return pa.schema(fields)
 
     def _group(self, block: Sequence[Row], schema: pa.Schema) -> pa.Table:
+        names = set(schema.names)
         for i, row in enumerate(block, start=self.written):
-            self._place(i, row, schema)
+            self._place(i, row, names)
         columns = []
         for field in schema:
             values = [row[field.name] for row in block]
@@ -157,10 +158,10 @@ class _Writing:
                 ) from error
         return pa.table(columns, schema=schema)
 
-    def _place(self, i: int, row: Row, schema: pa.Schema) -> None:
+    def _place(self, i: int, row: Row, names: set[str]) -> None:
         """Refuse a row that stands in the wrong place, or in the wrong table."""
-        if row.keys() != set(schema.names):
-            other = sorted(row.keys() ^ set(schema.names))
+        if row.keys() != names:
+            other = sorted(row.keys() ^ names)
             raise ValueError(f"{self.path}: row {i} and those before it do not both have the columns {other}")
         if (row.get("run"), row.get("step")) != self.whose:
             raise ValueError(
