@@ -182,33 +182,48 @@ class OrderBias:
     Fields:
         first_shown: the share of verdicts for the response that is shown first, ties as halves; without bias 0.5.
         consistent: the share of pairs of which it says the same in both orders.
+        tied: the share of pairs that are a tie over both orders.
     """
 
+    split: str
     criterion: str
     first_shown: Estimate
     consistent: Estimate
+    tied: Estimate
 
     @property
     def metrics(self) -> Metrics:
-        prefix = f"judge/{self.criterion}"
-        return self.first_shown.named(f"{prefix}/first_shown") | self.consistent.named(f"{prefix}/consistent")
+        kinds = ("first_shown", "consistent", "tied")
+        named = [getattr(self, kind).named(f"verdicts/{self.split}/{self.criterion}/{kind}") for kind in kinds]
+        return {name: value for each in named for name, value in each.items()}
 
 
 def order_bias(judgements: Sequence[Judgement]) -> list[OrderBias]:
-    """For every criterion of which some pairs were read in both orders."""
+    """For every split and criterion of which some pairs were read in both orders."""
     found = []
-    for criterion in dict.fromkeys(each.criterion for each in judgements):
+    for split, criterion in dict.fromkeys((each.split, each.criterion) for each in judgements):
         both = [
             (each, each.by_order_first, each.by_order_second)
             for each in judgements
-            if each.criterion == criterion and each.by_order_first is not None and each.by_order_second is not None
+            if (each.split, each.criterion) == (split, criterion)
+            and each.by_order_first is not None
+            and each.by_order_second is not None
         ]
         if not both:
             continue
         prompts = _prompts([each for each, _, _ in both])
         shown = torch.tensor([(first + 1 - second) / 2 for _, first, second in both], dtype=torch.float64)
         same = torch.tensor([float(first == second) for _, first, second in both], dtype=torch.float64)
-        found.append(OrderBias(criterion=criterion, first_shown=mean(shown, prompts), consistent=rate(same, prompts)))
+        ties = torch.tensor([float(first + second == 1) for _, first, second in both], dtype=torch.float64)
+        found.append(
+            OrderBias(
+                split=split,
+                criterion=criterion,
+                first_shown=mean(shown, prompts),
+                consistent=rate(same, prompts),
+                tied=rate(ties, prompts),
+            )
+        )
     return found
 
 

@@ -80,6 +80,7 @@ class Curve:
     colour: str
     kind: Kind = "train"
     ci: Array | None = None
+    x_ci: Array | None = None
     to: Array | None = None
     marker: str = "o"
     shade: Array | None = None
@@ -217,7 +218,7 @@ def draw_curve(axes: Axes, curve: Curve, colour: str) -> None:
             axes.plot(x, y, color=colour, linestyle="none", marker=".", markersize=4, alpha=0.4, label=label)
         case "held_out" | "estimates":
             axes.errorbar(
-                x, y, yerr=curve.ci, color=colour, label=label, marker=curve.marker, markersize=5, markeredgewidth=0.8,
+                x, y, yerr=curve.ci, xerr=curve.x_ci, color=colour, label=label, marker=curve.marker, markersize=5, markeredgewidth=0.8,
                 markeredgecolor=axes.get_facecolor(), linestyle=(0, (4, 2)) if curve.kind == "held_out" else "none",
                 linewidth=1.1, elinewidth=1.4, capsize=2.5,
             )  # fmt: skip

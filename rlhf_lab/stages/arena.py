@@ -34,7 +34,8 @@ class Arena:
     `generations/`.
 
     Args:
-        rewards: name -> source; null leaves one out. Only the two that are named below are loaded.
+        rewards: name -> source; null leaves one out, or all, where what is named below is no source. Only the two that
+            are named are loaded.
         reward, cost: what compares: a source; the world's truth as `gold/<name>`; or numbers that both tables hold, as
             `column/<column>`.
         safe_up_to: a response whose cost is at most this is safe, in the units of the cost.
@@ -48,7 +49,7 @@ class Arena:
         *,
         contestants: Contestants,
         model: ModelPaths,
-        rewards: Mapping[str, Any],
+        rewards: Mapping[str, Any] | None,
         reward: str,
         cost: str,
         safe_up_to: float,
@@ -56,7 +57,7 @@ class Arena:
         pairs_per_shard: Count,
     ) -> None:
         self.contestants, self.model, self.hardware = contestants, model, hardware
-        self.rewards = {name: source for name, source in rewards.items() if source is not None}
+        self.rewards = {name: source for name, source in (rewards or {}).items() if source is not None}
         self.reward, self.cost, self.safe_up_to = reward, cost, safe_up_to
         self.pairs_per_shard = pairs_per_shard
         if len(contestants.names) != 2:

@@ -97,11 +97,11 @@ def test_a_combination_is_won_by_who_wins_more_than_loses():
 def test_a_judge_that_goes_by_the_order_is_found_out():
     # first shown always wins: (1, 0); sees the better one: (1, 1), (0, 0)
     [bias] = order_bias([judgement(i, 0.5, orders=(1, 0)) for i in range(6)])
-    assert (bias.first_shown.value, bias.consistent.value) == (1, 0)
+    assert (bias.first_shown.value, bias.consistent.value, bias.tied.value) == (1, 0, 1)
     fair = [judgement(i, i % 2, orders=(i % 2, i % 2)) for i in range(6)]
     [bias] = order_bias(fair)
-    assert (bias.first_shown.value, bias.consistent.value) == (0.5, 1)
-    assert bias.metrics["judge/kind/consistent/low"] > 0.5
+    assert (bias.first_shown.value, bias.consistent.value, bias.tied.value) == (0.5, 1, 0)
+    assert bias.metrics["verdicts/test/kind/consistent/low"] > 0.5
     [mixed] = order_bias([*fair[:3], *(judgement(9 + i, 0.75, orders=(1, 0.5)) for i in range(3))])
     assert mixed.first_shown.value == pytest.approx((3 * 0.5 + 3 * 0.75) / 6)
     assert order_bias([judgement(0, 1, orders=(1, None))]) == []
