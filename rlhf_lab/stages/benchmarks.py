@@ -6,8 +6,9 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -18,9 +19,6 @@ from rlhf_lab.run import Run
 from rlhf_lab.seeds import derive
 from rlhf_lab.stages.shards import Shard, sharded
 from rlhf_lab.types import Count, Metrics, NonNegativeCount
-
-if TYPE_CHECKING:
-    from lm_eval.tasks import TaskManager
 
 NORMAL = 1.96  # standard errors in half a 95 % interval
 KEPT = ("results", "versions", "n-shot", "n-samples", "samples")  # of what the harness returns
@@ -91,9 +89,7 @@ class Benchmarks:
             seed=derive(run.seed, "initial weights"),
             new_tokens=new_token_ids(tokenizer, self.model.new_tokens),
         )
-        from lm_eval.models.huggingface import HFLM
-
-        answers = HFLM(
+        answers = _harness("models.huggingface").HFLM(
             pretrained=policy,
             tokenizer=tokenizer,
             backend="causal",
@@ -122,20 +118,19 @@ class Benchmarks:
         run.log(0, metrics)
         return metrics
 
-    def _known(self) -> "TaskManager":
+    def _known(self) -> Any:
         """The tasks in the folders alone if these hold all that are asked for, else the harness's too.
 
         Raises:
             ValueError: there is no task of that name.
         """
-        from lm_eval.tasks import TaskManager
-
+        manager = _harness("tasks").TaskManager
         folders = [str(folder) for folder in self.task_folders]
         if folders:
-            own = TaskManager(include_path=folders, include_defaults=False)
+            own = manager(include_path=folders, include_defaults=False)
             if set(self.tasks) <= set(own.all_tasks):
                 return own
-        every = TaskManager(include_path=folders or None)  # reads thousands of files
+        every = manager(include_path=folders or None)  # reads thousands of files
         for task in self.tasks:
             if task not in every.all_tasks:
                 close = difflib.get_close_matches(task, every.all_tasks, n=3)
@@ -146,11 +141,8 @@ class Benchmarks:
                 )
         return every
 
-    def _shard(self, answers: Any, tasks: "TaskManager", task: str, seed: int) -> Shard:
-        from lm_eval import simple_evaluate
-
-        seeds: dict[str, Any] = {name: derive(seed, task, name) % 2**32 for name in SEEDS}
-        found: Any = simple_evaluate(
+    def _shard(self, answers: Any, tasks: Any, task: str, seed: int) -> Shard:
+        found = _harness("evaluator").simple_evaluate(
             model=answers,
             tasks=[task],
             task_manager=tasks,
@@ -158,12 +150,17 @@ class Benchmarks:
             limit=self.limit,
             apply_chat_template=self.chat_template,
             log_samples=True,
-            **seeds,
+            **{name: derive(seed, task, name) % 2**32 for name in SEEDS},
         )
         kept = {name: found[name] for name in KEPT if name in found}
         asked = [text for rows in kept["samples"].values() for row in rows for text in _texts(row["arguments"])]
         tokens = sum(len(answers.tok_encode(text)) for text in asked)
         return Shard([{"result": json.dumps(kept, default=str)}], tokens)
+
+
+def _harness(module: str) -> Any:
+    """A module of the harness, which is imported when it is needed and whose decorators hide its signatures."""
+    return import_module(f"lm_eval.{module}")
 
 
 def _texts(said: Any) -> list[str]:
