@@ -4,8 +4,8 @@
     python -m benchmarks.generations --prompts 80 --samples 12500
 
 Seconds are of the processor, one thread, and on the wall. Memory is the most that the process held, less what it held
-when everything was imported. The first line is what it takes to make rows up, which is in the second too. The curve is that of
-`stage=best_of_n_curve`: five members, mean, WCO and three of UWO, two gold scores, 2000 resamplings of the prompts.
+when everything was imported. The first line is what it takes to make rows up, which is in the second too. The curves
+are those of `stage=best_of_n_curve`: five members, mean, WCO and three of UWO, two gold scores, 2000 resamplings.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +89,14 @@ OPERATIONS: dict[str, Callable[[Path, int, int], str]] = {
 }
 
 
-def measured(name: str, file: Path, prompts: int, samples: int, told: "Queue[tuple[float, float, float, str]]") -> None:
-    """Run one operation in this process and tell its seconds of both kinds, its MiB and what came out."""
+def measured(name: str, file: Path, prompts: int, samples: int) -> tuple[float, float, float, str]:
+    """Run one operation in this process: its seconds of both kinds, its MiB and what came out."""
     torch.set_num_threads(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begun, worked = time.perf_counter(), time.process_time()
     said = OPERATIONS[name](file, prompts, samples)
     worked, seconds = time.process_time() - worked, time.perf_counter() - begun
-    told.put((worked, seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, said))
+    return worked, seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, said
 
 
 def main() -> None:
@@ -110,14 +109,11 @@ def main() -> None:
         file = Path(folder) / "generations.parquet"
         print(f"{given.prompts} prompts x {given.samples} samples = {given.prompts * given.samples:,} rows")
         for name in OPERATIONS:
-            told: Queue[tuple[float, float, float, str]] = fresh.Queue()
-            process = fresh.Process(target=measured, args=(name, file, given.prompts, given.samples, told))
-            process.start()
-            worked, seconds, mebibytes, said = told.get()
-            process.join()
-            print(
-                f"  {name:20} {worked:5.1f} s of processor, {seconds:5.1f} s  {mebibytes:6.0f} MiB  {said}", flush=True
-            )
+            with fresh.Pool(1) as process:
+                found = process.apply(measured, (name, file, given.prompts, given.samples))
+            worked, seconds, mebibytes, said = found
+            figures = f"{worked:5.1f} s of processor, {seconds:5.1f} s  {mebibytes:6.0f} MiB"
+            print(f"  {name:20} {figures}  {said}", flush=True)
 
 
 if __name__ == "__main__":
