@@ -1,7 +1,7 @@
 """Verdicts that follow from scores: the higher score wins, and what is as good as equal is a tie."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from rlhf_lab.interfaces import Judge
 from rlhf_lab.records import Comparison, Verdict
@@ -12,6 +12,8 @@ Criteria = Mapping[str, Mapping[str, float]]
 
 class Scoring(Judge, Protocol):
     """A judge that decides by a number of each response."""
+
+    def load(self, hardware: Any, template: Any) -> "Scoring": ...
 
     def scores(self, comparisons: Sequence[Comparison], criterion: str) -> list[tuple[float, float]]:
         """How good the first and the second response of each comparison are by the criterion; higher is better."""

@@ -1,7 +1,9 @@
 """A judge that knows the scores and errs as people and language models do; the offline stand-in for both."""
 
 import hashlib
+import json
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -20,16 +22,21 @@ class SimulatedJudge:
     Args:
         of: whose scores; its own verdicts are not read.
         manner: how it errs.
+        fitted: a file of `stage=fit_judge`, whose manner it has instead; null for the manner above.
     """
 
-    def __init__(self, of: Scoring, manner: Manner, seed: int) -> None:
-        self.of, self.manner, self.seed = of, manner, seed
+    def __init__(self, of: Scoring, manner: Manner, fitted: str | None, seed: int) -> None:
+        self.of, self.manner, self.fitted, self.seed = of, manner, fitted, seed
 
     def check(self, criteria: Collection[str], promised: Collection[str] = ()) -> None:
         self.of.check(criteria, promised)
+        if self.fitted is not None and {self.fitted, str(Path(self.fitted).parent)}.isdisjoint(promised):
+            read_manner(Path(self.fitted))
 
     def load(self, hardware: Any, template: Any) -> Self:
         self.of.load(hardware, template)
+        if self.fitted is not None:
+            self.manner = read_manner(Path(self.fitted))
         return self
 
     def compare(self, comparisons: Sequence[Comparison], criterion: str) -> list[Verdict]:
@@ -52,3 +59,17 @@ class SimulatedJudge:
         spelled = "\x1f".join((str(self.seed), criterion, comparison.prompt.id, *comparison.responses))
         digest = hashlib.sha256(spelled.encode("utf-8", "surrogatepass")).digest()
         return np.frombuffer(digest[:24], dtype=">u8") / 2.0**64
+
+
+def read_manner(path: Path) -> Manner:
+    """The manner that `stage=fit_judge` found.
+
+    Raises:
+        ValueError: there is no such file, or no manner in it.
+    """
+    try:
+        return Manner(**json.loads(path.read_text())["manner"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"judge.fitted={path}: {type(error).__name__} {error}; expected the manner.json of a run of stage=fit_judge"
+        ) from error

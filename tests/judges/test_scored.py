@@ -36,7 +36,7 @@ def asked(count=60):
 
 def simulated(seed=0, **changes):
     plain = {"noise": 0.5, "flip": 0.05, "position_bias": 0.6, "inconsistency": 0.4, "tie_width": 0.2}
-    return SimulatedJudge(GoldJudge(CRITERIA, 0.0), Manner(**(plain | changes)), seed)
+    return SimulatedJudge(GoldJudge(CRITERIA, 0.0), Manner(**(plain | changes)), None, seed)
 
 
 def test_gold_decides_by_the_weighted_scores_and_a_cost_counts_against():

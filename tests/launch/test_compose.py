@@ -43,6 +43,7 @@ BESIDE = {
     "objective=preferred": ["algorithm=pmorl"],
     **{f"objective={name}": ["reward=two"] for name in ("chebyshev", "morlhf", "worst_case")},
     **{f"evaluation_dataset={path.stem}": ["algorithm=dpo"] for path in (ROOT / "conf/evaluation_dataset").glob("*")},
+    "stage=fit_judge": ["stage.verdicts=a/b"],
     "judge=gold": JUDGING,
     "judge=simulated": JUDGING,
     "judge=reward_model": JUDGING,
