@@ -198,6 +198,9 @@ def draw(axes: Axes, content: Panel, theme: Theme) -> None:
         axes.set_xlim(*content.x_range)
     if content.y_range is not None:
         axes.set_ylim(*content.y_range)
+    if cells := [curve for curve in content.curves if curve.kind == "cells"]:
+        for limits, each in ((axes.set_xlim, [curve.x for curve in cells]), (axes.set_ylim, [c.y for c in cells])):
+            limits(np.concatenate(each).min() - 0.5, np.concatenate(each).max() + 0.5)
     if content.has_legend and len(content.curves) > 1:
         axes.legend()
 
@@ -218,8 +221,9 @@ def draw_curve(axes: Axes, curve: Curve, colour: str) -> None:
             axes.plot(x, y, color=colour, linestyle="none", marker=".", markersize=4, alpha=0.4, label=label)
         case "held_out" | "estimates":
             axes.errorbar(
-                x, y, yerr=curve.ci, xerr=curve.x_ci, color=colour, label=label, marker=curve.marker, markersize=5, markeredgewidth=0.8,
-                markeredgecolor=axes.get_facecolor(), linestyle=(0, (4, 2)) if curve.kind == "held_out" else "none",
+                x, y, yerr=curve.ci, xerr=curve.x_ci, color=colour, label=label, marker=curve.marker, markersize=5,
+                markeredgewidth=0.8, markeredgecolor=axes.get_facecolor(),
+                linestyle=(0, (4, 2)) if curve.kind == "held_out" else "none",
                 linewidth=1.1, elinewidth=1.4, capsize=2.5,
             )  # fmt: skip
         case "band":
@@ -239,7 +243,6 @@ def draw_curve(axes: Axes, curve: Curve, colour: str) -> None:
                 axes.add_patch(Rectangle((left, bottom), 1, 1, facecolor=colour, alpha=shade, linewidth=0))
                 axes.text(left + 0.5, bottom + 0.5, text, ha="center", va="center", fontsize=8.5)
             axes.grid(visible=False)
-            axes.update_datalim([(x.min() - 0.5, y.min() - 0.5), (x.max() + 0.5, y.max() + 0.5)])
         case "span":
             axes.fill_between(
                 x, 0, 1, where=(y > 0).tolist(), transform=axes.get_xaxis_transform(), color=colour, alpha=0.15,

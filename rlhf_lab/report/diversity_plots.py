@@ -43,13 +43,12 @@ def diversity(run: Run, of: str) -> list[Panel]:
         shown = [v for v in views if any((split, v, table, measure) in found for table in tables)]
         curves = [
             Curve(
-                # a hole after each marker: views are no series, so no line joins them
-                x=_with_holes([place + _APART * (k - (len(tables) - 1) / 2) for place in range(len(shown))]),
-                y=_with_holes([_last(run, f"diversity/{split}/{view}/{table}/{measure}/mean") for view in shown]),
-                ci=_with_holes([_last(run, f"diversity/{split}/{view}/{table}/{measure}/ci95") for view in shown]),
+                x=np.array([place + _APART * (k - (len(tables) - 1) / 2) for place in range(len(shown))]),
+                y=np.array([_last(run, f"diversity/{split}/{view}/{table}/{measure}/mean") for view in shown]),
+                ci=np.array([_last(run, f"diversity/{split}/{view}/{table}/{measure}/ci95") for view in shown]),
                 label=table,
                 colour=ANY[k % len(ANY)],
-                kind="held_out",
+                kind="estimates",
                 marker=MARKERS[k % len(MARKERS)],
             )
             for k, table in enumerate(tables)
@@ -78,7 +77,3 @@ def _short(view: str) -> str:
 def _last(run: Run, name: str) -> float:
     series = run.series(name)
     return float(series.value[-1]) if len(series.value) else np.nan
-
-
-def _with_holes(values: list[float]) -> np.ndarray:
-    return np.array([each for value in values for each in (value, np.nan)])

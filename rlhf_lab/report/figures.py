@@ -10,6 +10,7 @@ from rlhf_lab.report.canvas import Panel
 from rlhf_lab.report.diversity_plots import across_inputs, per_input
 from rlhf_lab.report.generalisation_plots import scores_and_gaps, side_by_side
 from rlhf_lab.report.overoptimisation_plots import at_equal_kl
+from rlhf_lab.report.pareto_plots import fronts
 from rlhf_lab.report.plots import (
     best_of_n,
     by_split,
@@ -149,6 +150,13 @@ FIGURES: tuple[FigureSpec, ...] = (
         caption="Each marker is one preference on the held-out prompts, in standard deviations of the data. On the "
         "dashed line a policy obtains what it is asked for.",
         panels=trade_offs,
+    ),
+    FigureSpec(
+        name="fronts",
+        title="Fronts",
+        caption="Each marker is one preference, with 95% intervals over prompts; the thin line joins those that no "
+        "other of the same method beats in everything. Of hypervolume more is better.",
+        panels=fronts,
     ),
     FigureSpec(
         name="diversity_per_input",
