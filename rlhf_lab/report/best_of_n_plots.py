@@ -1,5 +1,6 @@
 """Best of n by each member and each ensemble: gold, proxy, and what an ensemble is worth beside a single model."""
 
+from dataclasses import replace
 from itertools import cycle
 
 import numpy as np
@@ -12,9 +13,10 @@ DISTANCE = "√KL of the best of n (√nats)"
 
 
 def best_of_n_ensembles(run: Run) -> list[Panel]:
-    """Of every split: each gold score by selector, what each proxy says, and gold beside the single model's.
+    """Of every split: each gold score by selector, gold beside the single model's, and what each proxy says.
 
-    Source: the axes of Coste et al. 2024, arXiv:2310.02743, figure 3.
+    The colours are told once, where the lines leave room. Source: the axes of Coste et al. 2024, arXiv:2310.02743,
+    figure 3.
     """
     kl = run.series("best_of_n/kl")
     panels = []
@@ -22,31 +24,35 @@ def best_of_n_ensembles(run: Run) -> list[Panel]:
         place = f"best_of_n/{split}"
         names = run.streams(f"{place}/<name>/gain/proxy/mean")
         members = [name for name in names if name.startswith("member_")]
-        selectors = [name for name in names if name not in members]
+        ensembles = [name for name in names if name not in ("single", "objective", *members)]
         x = np.sqrt(kl.value)
-        for gold in run.streams(f"{place}/single/gain/gold/<name>/mean"):
+        for k, gold in enumerate(run.streams(f"{place}/single/gain/gold/<name>/mean")):
             what = f"gain/gold/{gold}"
             curves = [_thread(run, x, f"{place}/{name}/{what}") for name in members]
-            curves += _lines(run, x, place, selectors, what)
-            panels += panel(run, f"Best of n on {split}: gold {gold}", "gain over one response", curves, DISTANCE)
-            others = [name for name in selectors if name not in ("single", "objective")]
-            over = _lines(run, x, place, others, f"over_single/gold/{gold}", skipped=1)
-            if over:
-                over.append(Curve(x=x, y=0 * x, label="a single reward model", colour="slate", kind="limit"))
-                panels += panel(run, f"Gold {gold}: beside a single model", "difference, paired", over, DISTANCE)
+            curves += _lines(run, x, place, ["single", *ensembles], what)
+            level = panel(run, f"Best of n on {split}: gold {gold}", "gain over one response", curves, DISTANCE)
+            over = [Curve(x=x, y=0 * x, label="a single reward model", colour="slate", kind="limit")]
+            over += _lines(run, x, place, ["single", *ensembles], f"over_single/gold/{gold}")[1:]
+            beside = panel(run, f"Gold {gold}: beside a single model", "difference, paired", over, DISTANCE)
+            panels += _mute(level) + (_mute(beside) if k else beside)
         said = [_thread(run, x, f"{place}/{name}/gain/proxy") for name in members]
-        said += _lines(run, x, place, selectors, "gain/proxy")
-        panels += panel(run, f"Best of n on {split}: proxy", "gain over one response", said, DISTANCE)
+        said += _lines(run, x, place, ["single", *ensembles], "gain/proxy")
+        panels += _mute(panel(run, f"Best of n on {split}: proxy", "gain over one response", said, DISTANCE))
     return panels
+
+
+def _mute(panels: list[Panel]) -> list[Panel]:
+    """The same without a legend."""
+    return [replace(each, has_legend=False) for each in panels]
 
 
 def _thread(run: Run, x: Array, metric: str) -> Curve:
     return Curve(x=x, y=run.series(f"{metric}/mean").value, label="a member", colour="slate", kind="thread")
 
 
-def _lines(run: Run, x: Array, place: str, selectors: list[str], what: str, skipped: int = 0) -> list[Curve]:
-    """A line with its interval for each selector, in one colour wherever it is drawn; "single" comes first."""
-    looks = list(zip(cycle(("slate", *ANY[:-2])), cycle(MARKERS), range(len(selectors) + skipped)))[skipped:]
+def _lines(run: Run, x: Array, place: str, selectors: list[str], what: str) -> list[Curve]:
+    """A line with its interval for each selector, the first of which is the single model."""
+    looks = zip(selectors, cycle(("slate", *ANY[:-2])), cycle(MARKERS), strict=False)
     return [
         Curve(
             x=x,
@@ -57,7 +63,7 @@ def _lines(run: Run, x: Array, place: str, selectors: list[str], what: str, skip
             kind="band",
             marker=marker,
         )
-        for name, (colour, marker, _) in zip(selectors, looks, strict=True)
+        for name, colour, marker in looks
     ]
 
 

@@ -121,7 +121,7 @@ FIGURES: tuple[FigureSpec, ...] = (
         name="best_of_n_ensembles",
         title="Best of n by single reward models and by ensembles",
         caption="Each line chooses by its own scores. Thin lines are the members alone, and `single` their average; "
-        "shade is the 95% interval from resampling prompts, on the right of the difference prompt by prompt.",
+        "shade is the 95% interval from resampling prompts, of differences where it stands beside a single model.",
         panels=best_of_n_ensembles,
     ),
     FigureSpec(
