@@ -10,7 +10,7 @@ from rlhf_lab.evaluation.arena import clusters
 from rlhf_lab.evaluation.rating_sheets import Item, Rating, Scale
 from rlhf_lab.evaluation.win_rates import Judgement
 from rlhf_lab.functional.agreement import MISSING, cohen_kappa, fleiss_kappa, krippendorff_alpha
-from rlhf_lab.functional.estimates import Estimate, bootstrapped, mean
+from rlhf_lab.functional.estimates import Estimate, bootstrapped, rate
 from rlhf_lab.types import Metrics
 
 Question = tuple[str, str, str, int, str, str]  # split, prompt id, condition, sample, first, second
@@ -81,7 +81,7 @@ def agreement(ratings: Sequence[Rating], scale: Scale, draws: int, seed: int) ->
         prefix = f"agreement/{criterion}"
         shown = [_wins(each.value if each.item.first_is_a else -each.value) for each in of_it]
         their_prompts = clusters([(each.item.prompt_id, each.item.condition) for each in of_it])
-        metrics |= mean(torch.tensor(shown, dtype=torch.float64), their_prompts).named(f"{prefix}/a_preferred")
+        metrics |= rate(torch.tensor(shown, dtype=torch.float64), their_prompts).named(f"{prefix}/a_preferred")
         if values.shape[1] < 2:
             continue
         known = ~values.isnan()
@@ -100,7 +100,7 @@ def agreement(ratings: Sequence[Rating], scale: Scale, draws: int, seed: int) ->
             metrics |= _finite(bootstrapped(kappa, prompts, draws, seed), f"{prefix}/kappa")
         same, rows = _pairwise(values)
         if len(same):
-            metrics |= mean(same, prompts[rows]).named(f"{prefix}/pairwise")
+            metrics |= rate(same, prompts[rows]).named(f"{prefix}/pairwise")
     return metrics
 
 
@@ -145,8 +145,8 @@ def judged_alike(
         people = 0.5 + 0.5 * values[rows].sign()
         majority = 0.5 + 0.5 * people.sub(0.5).nansum(1).sign()
         prefix, of_rows = f"judge_agreement/{criterion}", prompts[rows]
-        metrics |= mean(1 - (people - judge[:, None]).abs().nanmean(1), of_rows).named(f"{prefix}/raters")
-        metrics |= mean(1 - (majority - judge).abs(), of_rows).named(f"{prefix}/majority")
+        metrics |= rate(1 - (people - judge[:, None]).abs().nanmean(1), of_rows).named(f"{prefix}/raters")
+        metrics |= rate(1 - (majority - judge).abs(), of_rows).named(f"{prefix}/majority")
         both = torch.stack([majority, judge], 1).mul(2).long()
 
         def kappa(drawn: Tensor, both: Tensor = both) -> float:

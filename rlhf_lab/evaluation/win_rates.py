@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -143,9 +142,11 @@ def _prompts(judgements: Sequence[Judgement]) -> Tensor:
 
 def win_rates(judgements: Sequence[Judgement], *, length_control: bool) -> list[WinRate]:
     """Count every pair of contestants by every criterion on every split."""
+    by_pair: dict[tuple[str, str, str, str], list[Judgement]] = {}
+    for each in judgements:
+        by_pair.setdefault(each.pair, []).append(each)
     found = []
-    for (split, criterion, first, second), group in groupby(sorted(judgements, key=_pair), _pair):
-        of_pair = list(group)
+    for (split, criterion, first, second), of_pair in by_pair.items():
         read = [each for each in of_pair if each.wins is not None]
         wins, means = (
             torch.tensor([getattr(each, name) for each in read], dtype=torch.float64) for name in ("wins", "mean")
@@ -169,10 +170,6 @@ def win_rates(judgements: Sequence[Judgement], *, length_control: bool) -> list[
             )
         )
     return found
-
-
-def _pair(judgement: Judgement) -> tuple[str, str, str, str]:
-    return judgement.pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +216,7 @@ def order_bias(judgements: Sequence[Judgement]) -> list[OrderBias]:
             OrderBias(
                 split=split,
                 criterion=criterion,
-                first_shown=mean(shown, prompts),
+                first_shown=rate(shown, prompts),
                 consistent=rate(same, prompts),
                 tied=rate(ties, prompts),
             )

@@ -27,7 +27,8 @@ def length_controlled(
 
     Returns:
         The share and the ends of its interval: delta method in log-odds, Student-t, errors clustered by prompt. None
-        if there is none: fewer than three prompts, or wins that the length, or nothing at all, separates.
+        if there is none: fewer than three prompts, wins that the length or nothing at all separates, or wins that do
+        not vary.
 
     Source: Dubois et al. 2024, arXiv:2404.04475. Clustered errors: Liang and Zeger 1986,
     Biometrika 73(1), with the factor n / (n - 1).
@@ -54,6 +55,8 @@ def length_controlled(
         return None
     scores = torch.zeros(num, x.shape[1], dtype=torch.float64).index_add_(0, clusters, x * (y - chance)[:, None])
     bread = torch.linalg.inv(information)
+    if float(scores.abs().max()) < 1e-12:  # they do not vary, which is no reason to be sure
+        return None
     error = math.sqrt(float((bread @ scores.T @ scores @ bread)[0, 0]) * num / (num - 1))
     reach = float(stats.t.ppf((1 + level) / 2, num - 1)) * error
     share, low, high = (float(torch.sigmoid(theta[0] + move)) for move in (0.0, -reach, reach))

@@ -15,11 +15,11 @@ WINS = re.compile(r"win_rate/([^/]+)/([^/]+)/([^/]+)/([^/]+)/mean")
 POINTS = re.compile(r"rating/([^/]+)/([^/]+)/([^/]+)/mean")
 AGREEMENT = re.compile(r"(judge_agreement|agreement)/([^/]+)/([^/]+)/mean")
 ALIKE = {
-    "agreement/alpha": "raters: Krippendorff's α",
-    "agreement/kappa": "raters: κ",
-    "agreement/pairwise": "raters: say the same",
-    "judge_agreement/kappa": "judge and majority: κ",
-    "judge_agreement/raters": "judge and rater: say the same",
+    "agreement/alpha": "raters, α",
+    "agreement/kappa": "raters, κ",
+    "agreement/pairwise": "two raters",
+    "judge_agreement/kappa": "judge, κ",
+    "judge_agreement/raters": "judge, rater",
 }
 LONGEST_NAME, MOST_IN_MATRIX = 12, 6
 APART = 0.12  # between what stands at one place, where 1 is from one place to the next
@@ -217,22 +217,18 @@ def contest_ratings(run: Run) -> list[Panel]:
 
 
 def agreements(run: Run) -> list[Panel]:
-    """How far raters agree with one another, and a judge with them, by criterion."""
+    """How far raters agree with one another, and a judge with them: a marker for each criterion."""
     logged = _last(run)
     criteria = list(dict.fromkeys(match[2] for name in logged if (match := AGREEMENT.fullmatch(name))))
-    curves = []
-    for kind, label in ALIKE.items():
-        of, measure = kind.split("/")
-        names = [f"{of}/{criterion}/{measure}" for criterion in criteria]
-        if any(f"{name}/mean" in logged for name in names):
-            curves.append(_estimates(logged, names, label, len(curves), len(ALIKE)))
-    if not curves:
+    kinds = [kind.split("/") for kind in ALIKE]
+    shown = [(of, what) for of, what in kinds if any(f"{of}/{each}/{what}/mean" in logged for each in criteria)]
+    if not shown:
         return []
-    title, unit = "Agreement", "1: full; of α and κ 0: chance"
-    even = _level(0.0, len(criteria), "chance, for α and κ")
-    return [Panel(title=title, x_label="criterion", y_label=unit, curves=[*curves, even], ticks=_ticks(criteria))]
-
-
-def head_to_head(run: Run) -> list[Panel]:
-    """What a person asks first."""
-    return (arenas(run) or win_rates(run) + contest_ratings(run))[:6]
+    curves = [
+        _estimates(logged, [f"{of}/{criterion}/{what}" for of, what in shown], criterion, k, len(criteria))
+        for k, criterion in enumerate(criteria)
+    ]
+    chance = _level(0.0, len(shown), "chance, of α and κ")
+    ticks = _ticks([ALIKE[f"{of}/{what}"] for of, what in shown])
+    title = "Agreement on who is better"
+    return [Panel(title=title, x_label="", y_label="1 is full", curves=[*curves, chance], ticks=ticks)]

@@ -64,4 +64,5 @@ def test_equal_lengths_change_nothing_and_what_cannot_be_told_is_none():
     assert (length_controlled(won, torch.zeros(5), prompt) or [0])[0] == pytest.approx(0.7)
     assert length_controlled(torch.ones(5), torch.randn(5), prompt) is None
     assert length_controlled((torch.arange(8) > 3).double(), torch.arange(-4.0, 4) + 0.5, torch.arange(8)) is None
+    assert length_controlled(torch.full((5,), 0.5), torch.arange(5.0), prompt) is None
     assert length_controlled(won[:2], torch.zeros(2), prompt[:2]) is None
