@@ -11,6 +11,8 @@ import pytest
 
 from rlhf_lab.console import Console
 from rlhf_lab.data.generations import FILE, write
+from rlhf_lab.report.best_of_n_plots import best_of_n_ensembles
+from rlhf_lab.report.run import read_run
 from rlhf_lab.run import Run
 from rlhf_lab.stages.best_of_n_curve import BestOfNCurve
 from rlhf_lab.tracking import NoTracker
@@ -87,6 +89,23 @@ def test_each_selector_chooses_by_its_own_order_and_gold_goes_with_it(curve):
     row = rows["wco", "gold/help", 4]
     assert float(row["low"]) < float(row["mean"]) < float(row["high"])
     assert rows["wco", "gold/help", 1]["gain_low"] == rows["wco", "gold/help", 1]["gain_high"] == "0.0"
+
+
+def test_every_selector_is_a_line_and_members_are_threads(curve, tmp_path):
+    rows, _ = curve()
+    gold, beside, proxy = best_of_n_ensembles(read_run(tmp_path / "run"))
+    assert [line.label for line in gold.curves if line.kind == "band"] == [
+        "single",
+        "mean",
+        "WCO",
+        "UWO, λ = 0",
+        "UWO, λ = 2",
+    ]
+    assert sum(line.kind == "thread" for line in gold.curves) == M
+    assert gold.curves[0].x.tolist() == pytest.approx(np.sqrt([np.log(n) - (n - 1) / n for n in (1, 2, 4, 7)]))
+    drawn = {line.label: line.y[-1] for line in beside.curves}
+    assert drawn["WCO"] == pytest.approx(float(rows["wco", "gold/help", 7]["over_single"]))
+    assert (beside.has_legend, gold.has_legend, proxy.has_legend) == (True, False, False)
 
 
 def test_units_of_the_table_put_every_member_and_gold_at_zero_before_choosing(curve):
