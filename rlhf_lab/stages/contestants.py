@@ -35,7 +35,10 @@ def is_table(path: str) -> bool:
 
 def names_of(paths: Sequence[str]) -> list[str]:
     """The ends of the paths that tell them apart, joined by dots: the run's name, if that does."""
-    parts = [[part for part in Path(path).parts if part not in _NOT_NAMES] or [path] for path in paths]
+    parts = [
+        [part.removesuffix(generations.SUFFIX) for part in Path(path).parts if part not in _NOT_NAMES] or [path]
+        for path in paths
+    ]
     for length in range(1, max(map(len, parts)) + 1):
         names = [".".join(each[-length:]).strip("/") for each in parts]
         if len(set(names)) == len(names):
