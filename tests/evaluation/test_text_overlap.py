@@ -2,10 +2,10 @@
 
 import pytest
 
-from rlhf_lab.evaluation.text_overlap import TextOverlap
+from rlhf_lab.evaluation.text_overlap import TextOverlap, Tokens
 
 
-def overlap(tokens="ascii", use_stemmer=False):
+def overlap(tokens: Tokens = "ascii", use_stemmer: bool = False):
     found = TextOverlap(tokens, use_stemmer)
     found.check()
     found.load()
