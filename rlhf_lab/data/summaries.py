@@ -77,8 +77,8 @@ class Article:
 class Summaries:
     """A text to be summed up, and its summary, or two of which one is preferred, or one with marks.
 
-    Becomes prompt; response, or response_0, response_1 and better; the source's own columns named in `keep`; and words,
-    how many the text to be summed up has between single spaces.
+    Becomes prompt; response, or response_0, response_1 and better; the source's own columns named in `keep`; and of
+    the text to be summed up words, how many it has between single spaces, and characters.
 
     Fields:
         of: what is summed up, and how it is written.
@@ -107,7 +107,7 @@ class Summaries:
 
     def __call__(self, row: Row) -> list[dict[str, Any]]:
         body, prompt = self.of(row)
-        made: dict[str, Any] = {"prompt": prompt, "words": len(body.split(" "))}
+        made: dict[str, Any] = {"prompt": prompt, "words": len(body.split(" ")), "characters": len(body)}
         made |= {name: field(row, path) for name, path in self.keep.items()}
         if self.summary is not None:
             made["response"] = text(row, self.summary)

@@ -132,7 +132,8 @@ def test_posts_are_read_back_whatever_they_hold():
     for post in ("x", "a\nTL;DR: b", "a\nPOST: b", "a\nTITLE: b\n", "\nTL;DR:", "other person"):
         assert Post.parse(Post.write("tifu", "a title", post)) == ("tifu", "a title", post)
     [row] = SUMMARIES({"s": "x", "t": "t", "p": "a  b c", "x": ["1", "2"], "c": 1})
-    assert (row["words"], row["sub"], row["better"], row["response"]) == (4, "x", 1, "2")
+    assert (row["words"], row["characters"]) == (4, 6)
+    assert (row["sub"], row["better"], row["response"]) == ("x", 1, "2")
     assert Article(article="a")({"a": "x"}) == ("x", "ARTICLE: x\nTL;DR:")
     with pytest.raises(ValueError, match="is no post of Reddit"):
         Post.parse("ARTICLE: x\nTL;DR:")

@@ -519,7 +519,7 @@ def test_training_rows_whose_prompt_is_held_out_are_left_out_and_counted(tmp_pat
     data = dataset("ultrafeedback", f"dataset.path={tmp_path}")
     pairs = data.preferences("train", Template(tokenizer, data.template_style))
     assert [pair.prompt.request for pair in pairs] == ["e"]
-    assert any("2 prompts of the training split 'train' are in 'test' too" in note for note in data.notes)
+    assert any("of the training split 'train' are in 'test' too (2 rows" in note for note in data.notes)
 
 
 def test_every_data_set_of_the_configuration_is_tested():
