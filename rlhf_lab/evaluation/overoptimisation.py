@@ -60,8 +60,8 @@ def finished_runs(paths: Sequence[str]) -> list[Path]:
     return list(found)
 
 
-def read_trail(run: Path, split: str, gold: str, reward: str, kl: Estimate, group_by: Sequence[str]) -> Trail:
-    """What a run logged.
+def read_trail(run: Path, split: str, gold: str, reward: str, kl: Estimate, group: str | Sequence[str]) -> Trail:
+    """What a run logged; its group is given, or said by the settings of these names.
 
     Raises:
         ValueError: it did not measure this, or says nothing of a key that runs are grouped by.
@@ -84,9 +84,10 @@ def read_trail(run: Path, split: str, gold: str, reward: str, kl: Estimate, grou
         )
     config = yaml.safe_load((run / "config.yaml").read_text())
     typed = dict(text.lstrip("+").split("=", 1) for text in read_overrides(run / "overrides.yaml") if "=" in text)
+    told_by = [group] if isinstance(group, str) else [str(_setting(key, typed, config, run)) for key in group]
     return Trail(
         directory=run,
-        group=", ".join(str(_setting(key, typed, config, run)) for key in group_by).replace("/", "_"),
+        group=", ".join(told_by).replace("/", "_"),
         seed=(config["seed"], config.get("artifact_seed", 0)),
         step=np.array(steps, dtype=np.float64),
         distance=np.sqrt(np.maximum(told[:, 0], 0)),
@@ -109,7 +110,7 @@ def _setting(key: str, typed: Mapping[str, str], config: Mapping[str, Any], run:
     return node
 
 
-def grouped(trails: Sequence[Trail], group_by: Sequence[str]) -> dict[str, dict[tuple[int, int], Trail]]:
+def grouped(trails: Sequence[Trail]) -> dict[str, dict[tuple[int, int], Trail]]:
     """group -> seed -> trail.
 
     Raises:
@@ -120,8 +121,8 @@ def grouped(trails: Sequence[Trail], group_by: Sequence[str]) -> dict[str, dict[
         seeds = groups.setdefault(trail.group, {})
         if other := seeds.get(trail.seed):
             raise ValueError(
-                f"{other.directory} and {trail.directory} are both {trail.group!r} with seed {trail.seed[0]}; add to "
-                f"stage.group_by={list(group_by)} what they differ in, or name one of them"
+                f"{other.directory} and {trail.directory} are both {trail.group!r} with seed {trail.seed[0]}; add what "
+                "they differ in to stage.group_by, or name one of them"
             )
         seeds[trail.seed] = trail
     return groups

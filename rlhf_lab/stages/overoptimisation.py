@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,9 @@ class OverOptimisation:
     `overoptimisation/best_of_n/<selector>/{gold,proxy}/mean`.
 
     Args:
-        runs: finished runs, or folders of them, as a sweep's.
-        group_by: settings, as they are typed, in which groups differ: [reward], [reward, kl.beta]. Runs of a group
-            differ by their seeds alone.
+        runs: finished runs, or folders of them, as a sweep's: group -> its runs; or a list, for `group_by` to part.
+        group_by: settings, as they were typed, in which the groups of a list differ: [reward], [reward,
+            algorithm.kl_coef]. Runs of a group differ by their seeds alone.
         split: of the held-out prompts; `gold` and `reward` are the scores that are read.
         kl: the estimate of KL; Coste et al. 2024 plot k2.
         points: of the grid, in equal steps of sqrt(KL) from 0 to the farthest run.
@@ -52,7 +52,7 @@ class OverOptimisation:
     def __init__(
         self,
         *,
-        runs: Sequence[str],
+        runs: Mapping[str, Sequence[str]] | Sequence[str],
         group_by: Sequence[str],
         split: str,
         gold: str,
@@ -63,7 +63,10 @@ class OverOptimisation:
         best_of_n: str | None,
         best_of_n_by: Sequence[str],
     ) -> None:
-        self.runs, self.group_by, self.split, self.gold, self.reward = runs, group_by, split, gold, reward
+        self.runs = (
+            {name: list(paths) for name, paths in runs.items()} if isinstance(runs, Mapping) else {"": list(runs)}
+        )
+        self.group_by, self.split, self.gold, self.reward = list(group_by), split, gold, reward
         self.kl: Estimate = kl
         self.points, self.baseline = points, baseline
         self.best_of_n, self.best_of_n_by = best_of_n, best_of_n_by
@@ -72,7 +75,7 @@ class OverOptimisation:
         """Refuse what cannot work, before anything is computed; `promised` paths will be there by then."""
         if self.points < 2:
             raise ValueError(f"stage.points={self.points}; a grid needs 2 or more")
-        if not any(path in promised for path in self.runs):
+        if not any(path in promised for paths in self.runs.values() for path in paths):
             self._groups()
         if self.best_of_n is not None and self.best_of_n not in promised:
             read_best_of_n(Path(self.best_of_n), self.split, self.gold, self.best_of_n_by)
@@ -112,10 +115,11 @@ class OverOptimisation:
 
     def _groups(self) -> dict[str, dict[tuple[int, int], Trail]]:
         trails = [
-            read_trail(run, self.split, self.gold, self.reward, self.kl, self.group_by)
-            for run in finished_runs(self.runs)
+            read_trail(run, self.split, self.gold, self.reward, self.kl, group or self.group_by)
+            for group, paths in self.runs.items()
+            for run in finished_runs(paths)
         ]
-        groups = grouped(trails, self.group_by)
+        groups = grouped(trails)
         if self.baseline is not None and self.baseline not in groups:
             raise ValueError(f"stage.baseline={self.baseline}, but the groups are {list(groups)}")
         return groups
