@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rlhf_lab.data.sameness import Same, prompt_key
@@ -57,6 +57,8 @@ class Columns:
 
     def __init__(self, names: Mapping[str, str]) -> None:
         self.names = dict(names)
+        self._prompts: dict[str, Prompt] = {}  # of texts: prompts recur, and are read for splits and for records
+        self._sides: dict[tuple[str, ...], dict[str, tuple[str, str]]] = {}
 
     def __getitem__(self, name: str) -> str:
         return self.names.get(name, name)
@@ -116,13 +118,20 @@ class Columns:
         for i, row in enumerate(table.rows):
             value = row.get(name)
             try:
-                prompt = prompt_of("" if value is None or value == [] else value)
+                prompt = self._prompt("" if value is None or value == [] else value)
             except ValueError as error:
                 raise ValueError(f"{table.where(i)}: {error}") from error
             told = row[own] if own in row else row.get(shared)
             condition = self._text(table, i, told, "condition")
             prompts.append(prompt.conditioned(condition, {}) if condition else prompt)
         return prompts
+
+    def _prompt(self, value: Any) -> Prompt:
+        if not isinstance(value, str):
+            return prompt_of(value)
+        if value not in self._prompts:
+            self._prompts[value] = prompt_of(value)
+        return self._prompts[value]
 
     def keys(self, table: Table, same: Same) -> list[tuple[str, ...]]:
         """What says whether the prompts of two rows are the same; () where a row has none, or a broken one."""
@@ -132,7 +141,7 @@ class Columns:
             keys: list[str] = []
             for value in (row[name] for name in names if row.get(name)):
                 try:
-                    keys.append(prompt_key(prompt_of(value), same))
+                    keys.append(prompt_key(self._prompt(value), same))
                 except ValueError:
                     continue  # said by what reads the row, with its number
             found.append(tuple(keys))
@@ -159,21 +168,21 @@ class Columns:
             )
         return value
 
-    def sides(self, columns: Sequence[str], chosen: str, rejected: str) -> dict[str, tuple[str, str]]:
+    def _scores(self, columns: tuple[str, ...], chosen: str, rejected: str) -> dict[str, tuple[str, str]]:
         """score -> its columns on two sides: `score_<name>_<side>`, "" for `score_<side>`."""
+        if (known := self._sides.get((*columns, chosen, rejected))) is not None:
+            return known
         named = (re.fullmatch(rf"score_(.+)_{chosen}", column) for column in columns)
         pairs = {match[1]: (match[0], f"score_{match[1]}_{rejected}") for match in named if match}
         pairs[""] = self[f"score_{chosen}"], self[f"score_{rejected}"]
-        return pairs
+        there = {name: both for name, both in pairs.items() if set(both) <= set(columns)}
+        self._sides[*columns, chosen, rejected] = there
+        return there
 
     def gaps(self, table: Table, i: int, chosen: str, rejected: str) -> dict[str, float]:
         """score -> how much higher it is on the side `chosen`."""
-        row = table.rows[i]
-        return {
-            name: self.number(table, i, a) - self.number(table, i, b)
-            for name, (a, b) in self.sides(tuple(row), chosen, rejected).items()
-            if row.keys() >= {a, b}
-        }
+        scores = self._scores(tuple(table.rows[i]), chosen, rejected)
+        return {name: self.number(table, i, a) - self.number(table, i, b) for name, (a, b) in scores.items()}
 
     def ranked(self, table: Table, i: int) -> tuple[str, ...]:
         """Two or more responses, the best first."""

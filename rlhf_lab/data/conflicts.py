@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_lab.data.fitting import Item
-from rlhf_lab.data.sameness import Same, digest
+from rlhf_lab.data.sameness import Same, digest, prompt_key
 from rlhf_lab.records import SafetyPair
 
 OnConflict = Literal["keep", "drop", "relabel", "error"]
@@ -61,7 +61,13 @@ def settle_safety(
 
 
 def settle_preferences(
-    pairs: Sequence[Item], kept: Sequence[int], policy: OnConflict, same: Same, name: str, number: Callable[[int], int]
+    pairs: Sequence[Item],
+    ways: Sequence[bytes],
+    kept: Sequence[int],
+    policy: OnConflict,
+    same: Same,
+    name: str,
+    number: Callable[[int], int],
 ) -> Settled:
     """Pairs of which there is one that prefers the one response, and one that prefers the other.
 
@@ -69,16 +75,23 @@ def settle_preferences(
 
     Args:
         pairs: of all rows, duplicates too: (prompt, (preferred response, the other)).
+        ways: equal for rows that say the same, as `digest` has it.
         kept: places of those that are fit to be read, in order.
         number: place of a row -> its number.
 
     Raises:
         ValueError: there are some, and that is an error, or none is left.
     """
-    ways = [digest(prompt, texts, same) for prompt, texts in pairs]
+    # a pair that no other row has, either way round, needs no second digest
+    couples = [(prompt_key(prompt, same), prompt.condition, frozenset(texts)) for prompt, texts in pairs]
+    recurs = Counter(map(hash, couples))
     votes = Counter(ways)
-    against = {i: votes[digest(pairs[i][0], pairs[i][1][::-1], same)] for i in kept}
-    torn = [i for i in kept if against[i]]
+    against = {
+        i: votes[digest(pairs[i][0], pairs[i][1][::-1], same)]
+        for i in kept
+        if same != "exact" or recurs[hash(couples[i])] > 1
+    }
+    torn = [i for i in kept if against.get(i)]
     if not torn:
         return Settled(kept=list(kept), relabelled=set(), dropped={}, note="")
     said = f"{name}: {len(torn)} of {len(kept)} pairs are preferred both ways round (first: row {number(torn[0])})"

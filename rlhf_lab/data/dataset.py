@@ -289,7 +289,13 @@ class Dataset:
         items = [(prompt, texts[::-1] if b else texts) for (prompt, texts), b in zip(items, better, strict=True)]
         kept, measured = self._fitting(table, items, template, distinct=True)
         settled = settle_preferences(
-            items, kept, self.on_conflict, self.duplicates, table.name, table.numbers.__getitem__
+            items,
+            measured.identities,
+            kept,
+            self.on_conflict,
+            self.duplicates,
+            table.name,
+            table.numbers.__getitem__,
         )
         self._note(settled.note)
         flipped = self._flipped(split, [measured.identities[i] for i in settled.kept])

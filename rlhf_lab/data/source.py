@@ -194,8 +194,8 @@ class Source:
                 continue
             ours, theirs = found.example
             said = (
-                f"{self.path}: {found.prompts} prompt(s) of the training split {self.train_split!r} are in {split!r} too "
-                f"({len(found.rows)} rows; first: {training.where(ours)} and {tables[split].where(theirs)})"
+                f"{self.path}: {found.prompts} prompt(s) of the training split {self.train_split!r} are in {split!r} "
+                f"too ({len(found.rows)} rows; first: {training.where(ours)} and {tables[split].where(theirs)})"
             )
             if self.on_overlap == "error":
                 raise ValueError(
