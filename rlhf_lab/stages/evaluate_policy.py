@@ -16,6 +16,7 @@ from rlhf_lab.evaluation.policies import split_metrics
 from rlhf_lab.evaluation.refusals import RefusalPhrases, Verdicts, world_refusals
 from rlhf_lab.evaluation.text_overlap import TextOverlap
 from rlhf_lab.interfaces import Conditions, Judge
+from rlhf_lab.judges.price import account
 from rlhf_lab.records import Comparison, Prompt
 from rlhf_lab.run import Run
 from rlhf_lab.seeds import derive
@@ -129,6 +130,8 @@ class EvaluatePolicy(Evaluate):
             sampled = [json.loads(row["row"]) for file in made for row in read_table(file)]
             metrics |= split_metrics(split, sampled)
             rows += sampled
+        if judge is not None:
+            account(judge, run.console.say)
         for name, number in metrics.items():
             if name.endswith("/excluded") and number and "/win_rate/" in name:
                 run.warn(0, f"{name.removesuffix('/excluded')}: {number:.0f} verdicts could not be read; left out")

@@ -13,6 +13,7 @@ from rlhf_lab.engine.models import Hardware, ModelPaths, check_path, load_tokeni
 from rlhf_lab.evaluation.matches import Match
 from rlhf_lab.evaluation.win_rates import Judgement, combined, order_bias, ratings, read_judgements, win_rates
 from rlhf_lab.interfaces import Judge
+from rlhf_lab.judges.price import account, announce
 from rlhf_lab.records import Comparison
 from rlhf_lab.run import Run
 from rlhf_lab.seeds import derive
@@ -104,7 +105,10 @@ class WinRates:
         matches = self.contestants.matches(run)
         tokenizer = load_tokenizer(self.model.policy, self.model.new_tokens)
         judge = self.judge.load(self.hardware, Template(tokenizer, self.contestants.dataset.template_style))
+        every_pair = [each for pair in self.pairs for each in _comparisons(matches, pair)]
+        announce(judge, dict.fromkeys(self.criteria, every_pair), run.console.say)
         rows = [row for file in self._judged(run, judge, matches) for row in read_table(file)]
+        account(judge, run.console.say)
         run.make("data", lambda folder: write_table(rows, folder / VERDICTS))
         single = read_judgements(without_words(rows))
         every = [
@@ -149,12 +153,10 @@ class WinRates:
 
     def _shard(self, judge: Judge, criterion: str, pair: tuple[int, int], matches: Sequence[Match]) -> Shard:
         first, second = pair
-        texts = [(match.answers[first].response, match.answers[second].response) for match in matches]
-        comparisons = [
-            Comparison(prompt=match.prompt, responses=both) for match, both in zip(matches, texts, strict=True)
-        ]
+        comparisons = _comparisons(matches, pair)
         rows = []
-        for match, both, verdict in zip(matches, texts, judge.compare(comparisons, criterion), strict=True):
+        verdicts = judge.compare(comparisons, criterion)
+        for match, asked, verdict in zip(matches, comparisons, verdicts, strict=True):
             said = Judgement(
                 split=match.key[0],
                 condition=match.key[2],
@@ -167,7 +169,7 @@ class WinRates:
                 by_order_first=verdict.by_order[0],
                 by_order_second=verdict.by_order[1],
                 mean=verdict.wins,
-                longer=len(both[0]) - len(both[1]),
+                longer=len(asked.responses[0]) - len(asked.responses[1]),
             )
             words = dict(zip(("reason_first", "reason_second"), verdict.reasons, strict=True))
             scores = dict(zip(("score_first", "score_second"), verdict.scores or (None, None), strict=True))
@@ -179,6 +181,15 @@ class WinRates:
             run.warn(0, note)
         if unread := sum(each.wins is None for each in judged):
             run.warn(0, f"{unread} of {len(judged)} verdicts could not be read; they are excluded, see win_rates.csv")
+
+
+def _comparisons(matches: Sequence[Match], pair: tuple[int, int]) -> list[Comparison]:
+    """What a judge is asked of these matches, between the two contestants."""
+    first, second = pair
+    return [
+        Comparison(prompt=match.prompt, responses=(match.answers[first].response, match.answers[second].response))
+        for match in matches
+    ]
 
 
 def without_words(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
