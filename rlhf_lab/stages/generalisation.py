@@ -53,6 +53,8 @@ class Generalisation:
                 "name either stage.policies, e.g. '+stage.policies.ppo=runs/evaluate-ppo', or stage.sweep, the folder "
                 "of a sweep of evaluations"
             )
+        if self.sweep is not None and self.sweep not in promised:
+            self._swept(Path(self.sweep))
         for name, paths in self.policies.items():
             if not paths:
                 raise ValueError(f"stage.policies.{name} is empty; name the folder of its evaluation")

@@ -12,8 +12,14 @@ from rlhf_lab.launch.compose import ROOT
 from rlhf_lab.launch.execute import preflight
 
 FILES = sorted([*(ROOT / "conf").rglob("*.yaml"), *(ROOT / "experiments").rglob("*.yaml")])
-# nothing to be composed, or what only the folder of a trained policy can say
-NOT_ALONE = {"constraint=none", "judge=none", "conditions=rewards_in_context"}
+# nothing to be composed, what only a folder of a run can say, or what needs a package of its own
+NOT_ALONE = {
+    "constraint=none",
+    "judge=none",
+    "conditions=rewards_in_context",
+    "stage=benchmarks",
+    "stage=generalisation",
+}
 # public data sets, but for two: tests/data/test_sources.py composes each of them
 SOURCES = {
     f"dataset={path.stem}"
@@ -43,6 +49,7 @@ BESIDE = {
     "objective=preferred": ["algorithm=pmorl"],
     **{f"objective={name}": ["reward=two"] for name in ("chebyshev", "morlhf", "worst_case")},
     **{f"evaluation_dataset={path.stem}": ["algorithm=dpo"] for path in (ROOT / "conf/evaluation_dataset").glob("*")},
+    "reward=implicit": ["scorers.preference_policy=a/b", "stage=evaluate_scorers"],
     "stage=fit_judge": ["stage.verdicts=a/b"],
     "judge=gold": JUDGING,
     "judge=simulated": JUDGING,
