@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from rlhf_lab.data.templates import Template
-from rlhf_lab.functional.simplex import simplex_lattice
+from rlhf_lab.functional.simplex import Grid, preference_grid
 from rlhf_lab.functional.targets import TargetMap, sample_goals, targets
 from rlhf_lab.records import Prompt
 from rlhf_lab.seeds import generator
-from rlhf_lab.types import Count, Positive
+from rlhf_lab.types import Positive
 
 CONTEXT_FILE = "rewards_in_context.json"
 
@@ -124,14 +124,14 @@ class RewardContext:
         """(N, K) rewards to explore with, at levels."""
         return self.notation.at_levels(sample_goals(self.scale, count, generator(seed, "goals")))
 
-    def trade_offs(self, steps: int) -> dict[str, tuple[float, ...]]:
-        """name -> (K,) weights, for every preference in `steps` steps from one reward to another."""
+    def trade_offs(self, steps: Grid) -> dict[str, tuple[float, ...]]:
+        """name -> (K,) weights, for every preference of the grid."""
         return {
             ",".join(f"{name}={w:.4g}" for name, w in zip(self.names, weights, strict=True)): weights
-            for weights in simplex_lattice(len(self.names), steps)
+            for weights in preference_grid(len(self.names), steps)
         }
 
-    def under_trade_offs(self, prompts: Sequence[Prompt], steps: int) -> dict[str, list[Prompt]]:
+    def under_trade_offs(self, prompts: Sequence[Prompt], steps: Grid) -> dict[str, list[Prompt]]:
         """trade-off -> all prompts, told the rewards that it asks for."""
         told: dict[str, list[Prompt]] = {}
         for name, weights in self.trade_offs(steps).items():
@@ -192,11 +192,12 @@ class TradeOffs:
 
     Args:
         policy: folder of the policy, with its rewards_in_context.json.
-        steps: of the grid of preferences that held-out prompts are told, from one reward to another.
+        steps: of the grid of preferences that held-out prompts are told, from one reward to another; or "released".
     """
 
-    def __init__(self, policy: str, steps: Count) -> None:
-        self.policy, self.steps = policy, steps
+    def __init__(self, policy: str, steps: Grid) -> None:
+        self.policy = policy
+        self.steps: Grid = steps
 
     @cached_property
     def context(self) -> RewardContext:

@@ -38,6 +38,7 @@ from rlhf_lab.engine.models import (
 )
 from rlhf_lab.engine.score import Scorer
 from rlhf_lab.evaluation.evaluator import Evaluator
+from rlhf_lab.functional.simplex import Grid
 from rlhf_lab.functional.targets import KeepRule, TargetMap, empirical_scale, gaussian_scale, keep
 from rlhf_lab.interfaces import OfflineAlgorithm
 from rlhf_lab.records import Demonstration
@@ -88,7 +89,7 @@ class RiC:
         quantile_threshold, keep_rule: of them, those whose rewards reach this quantile of the iteration in any
             reward, or in all.
         num_origin_samples: offline responses learnt from again in each iteration, of those that pass the same rule.
-        trade_off_steps: of the grid of preferences in evaluation, from one reward to another.
+        trade_off_steps: of the grid of preferences in evaluation, from one reward to another; or "released".
         prompts_per_shard: responses generated or scored between two saves; a killed run continues after the last.
         checkpoint_every: optimiser steps.
     """
@@ -123,7 +124,7 @@ class RiC:
         keep_rule: KeepRule,
         num_origin_samples: Count,
         evaluation_sampling: Sampling,
-        trade_off_steps: Count,
+        trade_off_steps: Grid,
         prompts_per_shard: Count,
         checkpoint_every: Count,
     ) -> None:
@@ -145,7 +146,8 @@ class RiC:
         self.with_replacement, self.cleaning = with_replacement, cleaning
         self.quantile_threshold, self.num_origin_samples = quantile_threshold, num_origin_samples
         self.keep_rule: KeepRule = keep_rule
-        self.evaluation_sampling, self.trade_off_steps = evaluation_sampling, trade_off_steps
+        self.evaluation_sampling = evaluation_sampling
+        self.trade_off_steps: Grid = trade_off_steps
         self.prompts_per_shard, self.checkpoint_every = prompts_per_shard, checkpoint_every
         settings = learner.keywords
         if settings["epochs"] != 1 or settings["minibatch_size"]:

@@ -10,6 +10,7 @@ from rlhf_lab.data.tables import Rows
 from rlhf_lab.engine.generate import Generator
 from rlhf_lab.engine.score import Scorer
 from rlhf_lab.evaluation.evaluator import Evaluator, leave_table
+from rlhf_lab.functional.simplex import Grid
 from rlhf_lab.run import Run
 from rlhf_lab.types import Metrics
 
@@ -23,7 +24,7 @@ class TradeOffs:
     Fields:
         evaluator: its splits are `<split>:<preference>`.
         costs: names of the rewards whose sign is turned.
-        steps: of the grid, from one reward to another.
+        steps: of the grid, from one reward to another; or "released".
     """
 
     context: RewardContext
@@ -31,7 +32,7 @@ class TradeOffs:
     scorer: Scorer
     splits: Sequence[str]
     costs: Sequence[str]
-    steps: int
+    steps: Grid
 
     def measure(self, run: Run, engine: Generator, phase: int, step: int) -> tuple[Metrics, Rows]:
         """What was asked for and what was obtained, as metrics and as a row for each split and preference.

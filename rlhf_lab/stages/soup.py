@@ -11,7 +11,7 @@ from rlhf_lab.engine.generate import Sampling
 from rlhf_lab.engine.models import Hardware, ModelPaths
 from rlhf_lab.engine.soups import Space, check_soup, merge
 from rlhf_lab.evaluation.evaluator import leave_table
-from rlhf_lab.functional.simplex import simplex_lattice
+from rlhf_lab.functional.simplex import Grid, preference_grid
 from rlhf_lab.interfaces import Conditions
 from rlhf_lab.run import Run
 from rlhf_lab.stages.evaluate import Bench, Evaluate
@@ -36,7 +36,7 @@ class Soup:
         policies: folders; of whole models, or of LoRA adapters.
         weights: shares of one whole, one for each policy.
         space: what is averaged, see `engine/soups.py`.
-        grid: steps from 0 to 1 on the lattice of weights; null for none.
+        grid: steps from 0 to 1 on the lattice of weights, or "released", of three policies; null for none.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Soup:
         policies: Sequence[str],
         weights: Sequence[NonNegative],
         space: Space,
-        grid: Count | None,
+        grid: Grid | None,
     ) -> None:
         self.evaluation = Evaluate(
             model=model,
@@ -63,7 +63,8 @@ class Soup:
             tokens_at_once=tokens_at_once,
             conditions=conditions,
         )
-        self.policies, self.weights, self.grid = tuple(policies), tuple(weights), grid
+        self.policies, self.weights = tuple(policies), tuple(weights)
+        self.grid: Grid | None = grid
         self.space: Space = space
 
     def check(self, promised: Collection[str] = ()) -> None:
@@ -79,7 +80,7 @@ class Soup:
         bench = self.evaluation.bench(str(policy), run.seed)
         for note in self.evaluation.dataset.notes:
             run.warn(0, note)
-        points = list(simplex_lattice(len(self.policies), self.grid)) if self.grid else []
+        points = list(preference_grid(len(self.policies), self.grid)) if self.grid else []
         table: list[dict[str, Any]] = []
         for k in run.steps("lattice of weights, point", 0, len(points), {}):
             run.pause()

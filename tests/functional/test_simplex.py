@@ -5,7 +5,7 @@ from math import comb, fsum
 
 import pytest
 
-from rlhf_lab.functional.simplex import check_simplex, simplex_lattice
+from rlhf_lab.functional.simplex import check_simplex, preference_grid, simplex_lattice
 
 
 @pytest.mark.parametrize("num_weights", [1, 2, 3, 5])
@@ -45,3 +45,16 @@ def test_other_weights_are_refused(weights, said):
 
 def test_rounded_thirds_are_accepted():
     check_simplex([0.3333333, 0.3333333, 0.3333333], "weights")
+
+
+def test_the_released_list_has_thirteen_points_on_the_simplex():
+    found = list(preference_grid(3, "released"))
+    assert len(found) == len(set(found)) == 13
+    assert {tuple(sorted(point)) for point in found} == {
+        (0, 0, 1), (0.1, 0.1, 0.8), (0.2, 0.2, 0.6), (0.2, 0.4, 0.4), (1 / 3, 1 / 3, 1 / 3),
+    }  # fmt: skip
+    for point in found:
+        check_simplex(point, "weights")  # the released centre, three times 0.33, would not pass
+    assert list(preference_grid(2, 4)) == list(simplex_lattice(2, 4))
+    with pytest.raises(ValueError, match="of 3 rewards, but there are 2; set a number of steps"):
+        list(preference_grid(2, "released"))
