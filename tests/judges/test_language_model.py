@@ -1,5 +1,6 @@
 """A language model as a judge, against a real server on this machine: verdicts, faults, caps, and the ledger."""
 
+import itertools
 import json
 import os
 import re
@@ -68,10 +69,12 @@ def test_the_judge_reads_the_request_without_what_the_policy_was_told_and_all_tu
             {"role": "user", "content": "do it"},
         ]
     ).conditioned("be funny, or else", {"humour": 1.0})
+    short = Prompt.from_text("do that").conditioned("be funny, or else", {"humour": 1.0})
     with serving(honest) as server:
-        judge_at(server).compare([Comparison(prompt=prompt, responses=("a", "bb"))], "funny")
+        asked = [Comparison(prompt=each, responses=("a", "bb")) for each in (prompt, short)]
+        judge_at(server, concurrency=1).compare(asked, "funny")
+    assert "or else" not in str(server.bodies)
     sent = server.bodies[0]["messages"][-1]["content"]
-    assert "or else" not in sent
     assert sent.index("[user]\nhi") < sent.index("[assistant]\nyes?") < sent.index("do it")
     assert "Which response is funnier?" in sent
 
@@ -160,15 +163,16 @@ def test_a_fault_that_passes_loses_nothing(fault, judge_at):
 
 
 def test_all_calls_wait_as_long_as_the_endpoint_says(judge_at):
+    calls = itertools.count()
+
     def busy_once(body, before):
-        if len(server.bodies) == 1:
+        if next(calls) == 0:
             return Answer(status=429, headers={"retry-after": "0.4"})
         return honest(body, before)
 
     with serving(busy_once) as server:
-        judge_at(server, concurrency=1).compare(comparisons(2), "funny")
-    gaps = [later - sooner for sooner, later in zip(server.times, server.times[1:], strict=False)]
-    assert gaps[0] >= 0.4 > gaps[1]
+        judge_at(server, concurrency=2).compare(comparisons(3), "funny")
+    assert server.times[2] - server.times[0] > 0.35  # the second call had begun; the third is another's
 
 
 def test_retry_after_is_read_in_every_form():
