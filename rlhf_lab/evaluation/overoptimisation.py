@@ -19,6 +19,7 @@ from rlhf_lab.run import is_finished
 Array = NDArray[np.float64]
 Estimate = Literal["k1", "k2", "k3"]
 MEASURES = ("gold", "proxy")
+NO_GROUP = ("seed", "artifact_seed", "name")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,8 +61,8 @@ def finished_runs(paths: Sequence[str]) -> list[Path]:
     return list(found)
 
 
-def read_trail(run: Path, split: str, gold: str, reward: str, kl: Estimate, group: str | Sequence[str]) -> Trail:
-    """What a run logged; its group is given, or said by the settings of these names.
+def read_trail(run: Path, split: str, gold: str, reward: str, kl: Estimate, group_by: Sequence[str]) -> Trail:
+    """What a run logged; its group is what the settings of these names are.
 
     Raises:
         ValueError: it did not measure this, or says nothing of a key that runs are grouped by.
@@ -83,16 +84,27 @@ def read_trail(run: Path, split: str, gold: str, reward: str, kl: Estimate, grou
             f"{run} measured a value that is not finite at step {steps[int(np.argwhere(~np.isfinite(told))[0][0])]}"
         )
     config = yaml.safe_load((run / "config.yaml").read_text())
-    typed = dict(text.lstrip("+").split("=", 1) for text in read_overrides(run / "overrides.yaml") if "=" in text)
-    told_by = [group] if isinstance(group, str) else [str(_setting(key, typed, config, run)) for key in group]
+    typed = _typed(run)
     return Trail(
         directory=run,
-        group=", ".join(told_by).replace("/", "_"),
+        group=", ".join(str(_setting(key, typed, config, run)) for key in group_by).replace("/", "_") or "runs",
         seed=(config["seed"], config.get("artifact_seed", 0)),
         step=np.array(steps, dtype=np.float64),
         distance=np.sqrt(np.maximum(told[:, 0], 0)),
         values=told[:, 1:] - told[0, 1:],
     )
+
+
+def _typed(run: Path) -> dict[str, str]:
+    """Setting -> value of what was typed for a run."""
+    return dict(text.lstrip("+").split("=", 1) for text in read_overrides(run / "overrides.yaml") if "=" in text)
+
+
+def typed_differently(runs: Sequence[Path]) -> list[str]:
+    """The settings that were typed for every run, and not alike for all; seeds and names are none."""
+    typed = [_typed(run) for run in runs]
+    shared = [key for key in typed[0] if all(key in other for other in typed)]
+    return [key for key in shared if key not in NO_GROUP and len({other[key] for other in typed}) > 1]
 
 
 def _setting(key: str, typed: Mapping[str, str], config: Mapping[str, Any], run: Path) -> Any:

@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from rlhf_lab.evaluation.overoptimisation import (
     grouped,
     read_best_of_n,
     read_trail,
+    typed_differently,
 )
 from rlhf_lab.functional.paths import first_passage
 from rlhf_lab.run import Run
@@ -36,9 +37,9 @@ class OverOptimisation:
     `overoptimisation/best_of_n/<selector>/{gold,proxy}/mean`.
 
     Args:
-        runs: finished runs, or folders of them, as a sweep's: group -> its runs; or a list, for `group_by` to part.
-        group_by: settings, as they were typed, in which the groups of a list differ: [reward], [reward,
-            algorithm.kl_coef]. Runs of a group differ by their seeds alone.
+        runs: finished runs, or folders of them, as a sweep's; lists of these may be entries too.
+        group_by: settings, as they were typed, in which groups differ: [reward], [reward, algorithm.kl_coef]; null for
+            all that were typed differently. Runs of a group differ by their seeds alone.
         split: of the held-out prompts; `gold` and `reward` are the scores that are read.
         kl: the estimate of KL; Coste et al. 2024 plot k2.
         points: of the grid, in equal steps of sqrt(KL) from 0 to the farthest run.
@@ -52,8 +53,8 @@ class OverOptimisation:
     def __init__(
         self,
         *,
-        runs: Mapping[str, Sequence[str]] | Sequence[str],
-        group_by: Sequence[str],
+        runs: Sequence[str | Sequence[str]],
+        group_by: Sequence[str] | None,
         split: str,
         gold: str,
         reward: str,
@@ -63,10 +64,8 @@ class OverOptimisation:
         best_of_n: str | None,
         best_of_n_by: Sequence[str],
     ) -> None:
-        self.runs = (
-            {name: list(paths) for name, paths in runs.items()} if isinstance(runs, Mapping) else {"": list(runs)}
-        )
-        self.group_by, self.split, self.gold, self.reward = list(group_by), split, gold, reward
+        self.runs = [path for entry in runs for path in ([entry] if isinstance(entry, str) else entry)]
+        self.group_by, self.split, self.gold, self.reward = group_by, split, gold, reward
         self.kl: Estimate = kl
         self.points, self.baseline = points, baseline
         self.best_of_n, self.best_of_n_by = best_of_n, best_of_n_by
@@ -75,7 +74,7 @@ class OverOptimisation:
         """Refuse what cannot work, before anything is computed; `promised` paths will be there by then."""
         if self.points < 2:
             raise ValueError(f"stage.points={self.points}; a grid needs 2 or more")
-        if not any(path in promised for paths in self.runs.values() for path in paths):
+        if not any(path in promised for path in self.runs):
             self._groups()
         if self.best_of_n is not None and self.best_of_n not in promised:
             read_best_of_n(Path(self.best_of_n), self.split, self.gold, self.best_of_n_by)
@@ -114,11 +113,9 @@ class OverOptimisation:
         return run.last
 
     def _groups(self) -> dict[str, dict[tuple[int, int], Trail]]:
-        trails = [
-            read_trail(run, self.split, self.gold, self.reward, self.kl, group or self.group_by)
-            for group, paths in self.runs.items()
-            for run in finished_runs(paths)
-        ]
+        runs = finished_runs(self.runs)
+        group_by = typed_differently(runs) if self.group_by is None else self.group_by
+        trails = [read_trail(run, self.split, self.gold, self.reward, self.kl, group_by) for run in runs]
         groups = grouped(trails)
         if self.baseline is not None and self.baseline not in groups:
             raise ValueError(f"stage.baseline={self.baseline}, but the groups are {list(groups)}")

@@ -93,12 +93,12 @@ def test_gains_and_differences_are_those_of_the_curves_behind_them(compare):
     assert panels[1].curves[0].x.tolist() == pytest.approx([0.0, 0.5, 1.0, 1.5, 2.0])
 
 
-def test_groups_may_be_named(compare, study):
-    named = {"UWO": [str(study / f"runs/uwo_{s}/metrics.jsonl") for s in (0, 2)], "one": [str(study / "runs/single_0")]}
-    rows, _ = compare(runs=named, baseline="one")
-    assert rows["UWO", "gold", 2.0]["seeds"] == "2"
-    assert rows["UWO", "gold", 2.0]["paired_seeds"] == "1"
-    assert (rows["one", "gold", 2.0]["ci95"], rows["UWO", "gold", 2.0]["over_ci95"]) == ("", "")
+def test_groups_are_what_was_typed_differently_but_for_seeds(compare, study):
+    listed = [[str(study / f"runs/uwo_{s}/metrics.jsonl") for s in (0, 2)], str(study / "runs/single_0")]
+    rows, _ = compare(runs=listed, group_by=None, baseline="single")
+    assert rows["uwo", "gold", 2.0]["seeds"] == "2"
+    assert rows["uwo", "gold", 2.0]["paired_seeds"] == "1"
+    assert (rows["single", "gold", 2.0]["ci95"], rows["uwo", "gold", 2.0]["over_ci95"]) == ("", "")
 
 
 def test_only_where_every_seed_came_so_far(compare, study):
