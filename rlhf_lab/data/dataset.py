@@ -132,7 +132,6 @@ class Dataset:
         self.duplicates: Same = duplicates
         self.noise = LabelNoise(recipe=noise_recipe, rate=noise, seed=seed) if noise else None
         self.counted = Counted()
-        self._notes: list[str] = []
         self._dropped: dict[str, int] = {}
         self._cells = Columns(self.columns)
         self._source = Source(
@@ -150,6 +149,7 @@ class Dataset:
             on_overlap=on_overlap,
             duplicates=duplicates,
         )
+        self.notes = self._source.notes  # what there is to say of the rows, so far as they were read
         if shares is not None:
             check_shares(shares, train_split)
         if self.is_world and (shares is not None or shape is not None or select is not None):
@@ -161,11 +161,6 @@ class Dataset:
             raise ValueError("dataset.train_size is null, but the embedded world has no end; give a number")
         if self.is_world and eval_splits is None:
             raise ValueError("dataset.eval_splits is null, but the embedded world does not list its splits; name them")
-
-    @property
-    def notes(self) -> list[str]:
-        """What there is to say of the rows, so far as they were read."""
-        return [*self._source.notes, *self._notes]
 
     @property
     def is_world(self) -> bool:
@@ -482,7 +477,7 @@ class Dataset:
 
     def _note(self, note: str) -> None:
         if note:
-            self._notes.append(note)
+            self.notes.append(note)
 
     def _measured(self, table: Table, items: Sequence[Item], template: Template, *, distinct: bool) -> Measured:
         return measure(table.name, items, template, self.limits, self.duplicates, distinct=distinct)
