@@ -1,6 +1,7 @@
 """Gold and proxy of many runs against their distance from the reference: a panel per reward, and one of all."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -27,21 +28,35 @@ def at_equal_kl(run: Run) -> list[Panel]:
             _line(run, f"{group}/gold", "gold", "amber", "band", "o"),
             _line(run, f"{group}/proxy", "proxy", "blue", "band", "s"),
         ]
-        panels += panel(run, group, "gain since the start", curves, DISTANCE)
+        panels += _framed(panel(run, group, "gain since the start", curves, DISTANCE))
     every = [
         _line(run, f"{group}/gold", group, ANY[k % len(ANY)], "band", MARKERS[k % len(MARKERS)])
         for k, group in enumerate(groups)
     ]
     every += [
         _line(run, f"best_of_n/{name}/gold", f"best of n, {called(name)}", colour, "limit")
-        for name, colour in zip(chosen, ("slate", "muted", "olive", "rust"), strict=False)
+        for name, colour in zip(chosen, ("slate", "rust", "olive", "purple"), strict=False)
     ]
-    panels += panel(run, "Gold of every reward", "gain since the start", every, DISTANCE)
+    panels += _framed(panel(run, "Gold of every reward", "gain since the start", every, DISTANCE))
     over = [
-        _line(run, f"{group}/over_baseline", group, ANY[k % len(ANY)], "band", MARKERS[k % len(MARKERS)])
-        for k, group in enumerate(groups)
+        _line(run, f"{group}/over_baseline", f"{group} less the baseline", look, "band", marker)
+        for group, look, marker in zip(groups, ANY * len(groups), MARKERS * len(groups), strict=False)
+        if run.series(f"{PLACE}/{group}/over_baseline/mean").exists
     ]
-    return panels + panel(run, "Gold beside the baseline", "difference at equal KL", over, DISTANCE)
+    if over:
+        x = over[0].x
+        over.append(Curve(x=x, y=0 * x, label="the baseline", colour="slate", kind="limit"))
+    return panels + _framed(panel(run, "Gold beside the baseline", "difference at equal KL", over, DISTANCE))
+
+
+def _framed(panels: list[Panel]) -> list[Panel]:
+    """The same, as high as the lines and half as much again: intervals over few seeds are many times as wide."""
+    framed = []
+    for content in panels:
+        values = np.concatenate([curve.y[np.isfinite(curve.y)] for curve in content.curves])
+        room = 0.5 * max(float(np.ptp(values)), 0.2)
+        framed.append(replace(content, y_range=(float(values.min()) - room, float(values.max()) + room)))
+    return framed
 
 
 def _line(run: Run, name: str, label: str, colour: str, kind: Kind, marker: str = "o") -> Curve:
