@@ -29,7 +29,8 @@ class WinRates:
 
     Leaves `data/verdicts.parquet`, a row for each pair of responses and criterion (see `Judgement`; with the judge's
     scores and reasons); `win_rates.csv`; `ratings.csv`; and the same as metrics, `win_rate/<split>/<criterion>/<first>/
-    <second>/…`, `rating/<split>/<criterion>/<name>/…`, and `verdicts/<split>/<criterion>/…`, how far the judge goes by the order.
+    <second>/…`, `rating/<split>/<criterion>/<name>/…`, and `verdicts/<split>/<criterion>/…`, how far the judge goes
+    by the order.
 
     Args:
         criteria: that the judge decides by.

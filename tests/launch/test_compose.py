@@ -51,6 +51,8 @@ BESIDE = {
     **{f"evaluation_dataset={path.stem}": ["algorithm=dpo"] for path in (ROOT / "conf/evaluation_dataset").glob("*")},
     "reward=implicit": ["scorers.preference_policy=a/b", "stage=evaluate_scorers"],
     "stage=fit_judge": ["stage.verdicts=a/b"],
+    "stage=human_ratings": ["stage.key=a/b", "stage.ratings=[a/b]"],
+    "contestants=default": ["stage=arena"],
     "judge=gold": JUDGING,
     "judge=simulated": JUDGING,
     "judge=reward_model": JUDGING,
@@ -71,7 +73,8 @@ def test_every_option_composes_into_a_run_that_can_be_built(option, plan_of, unt
     plan = plan_of(option, *BESIDE.get(option, []), f"runs_dir={untouched}")
     assert "${" not in yaml.safe_dump(plan.config)
     assert type(instantiate(plan.config["stage"])).__name__ == plan.config["stage"]["_target_"].rpartition(".")[2]
-    preflight(plan)
+    if option != "stage=human_ratings":  # which reads the filled sheets before it begins
+        preflight(plan)
     assert not untouched.exists()
 
 
