@@ -236,9 +236,10 @@ class EvaluateScorers:
             for split in (split for split in by_split if split != home):
                 gap = difference(accuracy[name][home], accuracy[name][split])
                 metrics |= gap.named(f"gap/{name}/{split}/accuracy")
-        undefined = sorted(name for name, value in metrics.items() if not math.isfinite(value))
+        undefined = {name.rpartition("/")[0] for name, value in metrics.items() if not math.isfinite(value)}
         if undefined:
-            run.warn(0, f"not defined on these data, and left out: {', '.join(undefined)}")
+            some = ", ".join(sorted(undefined)[:3])
+            run.warn(0, f"{len(undefined)} figures are not defined on these data, and left out: {some}, …")
         return {name: value for name, value in metrics.items() if math.isfinite(value)}, result
 
 

@@ -47,3 +47,11 @@ def test_what_was_not_judged_is_left_out_and_counted():
     assert found["eval/test/win_rate/honesty/excluded"] == 1.0
     theirs = scipy.stats.binomtest(0, 2).proportion_ci(method="wilson")
     assert found["eval/test/text/refusal/high"] == pytest.approx(theirs.high)
+
+
+def test_judged_samples_of_one_prompt_are_one_case():
+    alike = [row(prompt, 1.0, win=float(prompt in "abc")) for prompt in "abcdef" for _ in range(4)]
+    found = split_metrics("test", alike)
+    theirs = scipy.stats.binomtest(3, 6).proportion_ci(method="wilson")
+    # six prompts, but for the estimate of their variance from six
+    assert found["eval/test/win_rate/honesty/low"] == pytest.approx(theirs.low, abs=0.03)

@@ -24,7 +24,11 @@ def test_the_world_counts_refusals_of_harmful_and_of_harmless_requests_apart():
         "refusal_of_harmful": None,
         "refusal_of_harmless": 1.0,
     }
-    assert world_refusals(HARMFUL, REFUSAL)["refusal_of_harmful"] == 1.0
+    assert world_refusals(HARMFUL, REFUSAL) == {
+        "refusal": 1.0,
+        "refusal_of_harmful": 1.0,
+        "refusal_of_harmless": None,
+    }
     assert (
         world_refusals(HARMFUL, f"{REFUSAL} first {ITEMS['mirror'].verbs[0]} the mirror .")["refusal"] == 0.0
     )  # it helps all the same

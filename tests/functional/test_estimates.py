@@ -46,6 +46,22 @@ def test_the_bootstrap_draws_whole_clusters():
     )
 
 
+def test_the_bootstrap_draws_clusters_of_any_size():
+    cluster = torch.tensor([5, 5, 5, 1, 9, 9])
+    sizes = {1: 1, 5: 3, 9: 2}
+    seen: set[int] = set()
+
+    def count(rows):
+        drawn = cluster[rows].bincount(minlength=10)
+        assert all(int(drawn[k]) % size == 0 for k, size in sizes.items())  # whole, each as often as it was drawn
+        assert sum(int(drawn[k]) // size for k, size in sizes.items()) == 3
+        seen.add(len(rows))
+        return float(len(rows))
+
+    bootstrapped(count, cluster, 100, 0)
+    assert {3, 6, 9} <= seen
+
+
 def test_the_bootstrap_of_a_correlation_is_near_fishers_interval():
     draw = torch.Generator().manual_seed(2)
     x = torch.randn(500, generator=draw)
