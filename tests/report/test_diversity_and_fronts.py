@@ -52,6 +52,7 @@ def test_fronts_have_intervals_both_ways_and_a_line_through_the_best(run_of):
     line, markers = front.curves
     assert_allclose(line.x, [1, 2])
     assert_allclose(line.y, [1, 0])
+    assert markers.x_ci is not None
     assert_allclose(markers.x_ci, [0.1] * 3)
     assert_allclose(volume.curves[0].y, [3])
     assert [curve.y.tolist() for curve in time.curves] == [[0.5], [2.0]]
