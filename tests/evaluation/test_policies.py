@@ -6,7 +6,7 @@ import scipy
 from rlhf_lab.evaluation.policies import split_metrics
 
 
-def row(prompt, gold, *, refusal=0.0, win=1.0, tokens=4, finished=True):
+def row(prompt: str, gold: float, *, refusal: float | None = 0.0, win: float | None = 1.0, tokens: int = 4):
     return {
         "id": prompt,
         "condition": "",
@@ -16,7 +16,7 @@ def row(prompt, gold, *, refusal=0.0, win=1.0, tokens=4, finished=True):
         "kl_k2": 0.5,
         "kl_k3": 0.2,
         "tokens": tokens,
-        "finished": finished,
+        "finished": True,
         "texts": {"refusal": refusal},
         "verdicts": {"honesty": win},
     }
