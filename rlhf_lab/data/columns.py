@@ -75,19 +75,23 @@ class Columns:
         for name in MAY_READ[reads]:
             if name in self.names and not any(self.names[name] in row for row in rows):
                 raise ValueError(
-                    f"{table.name} has the columns {sorted(rows[0])}, but dataset.columns.{name} says "
+                    f"{table.name} has the columns {sorted(set().union(*rows))}, but dataset.columns.{name} says "
                     f"{self.names[name]!r}; name the column that it is, or null"
                 )
-        pair = {self[name] for name in ("response_0", "response_1", "better")}
-        if reads == "preferences" and not self.is_sided(table) and not pair <= rows[0].keys():
+        pair = ("response_0", "response_1", "better")
+        if reads == "preferences" and not self.is_sided(table) and not self._has(table, *pair):
             raise ValueError(
-                f"{table.name} has the columns {sorted(rows[0])}, but a reward model needs 'chosen' and "
+                f"{table.name} has the columns {sorted(set().union(*rows))}, but a reward model needs 'chosen' and "
                 "'rejected', or 'response_0', 'response_1' and 'better'; map them: dataset.columns.chosen=<column> …"
             )
 
     def is_sided(self, table: Table) -> bool:
         """Whether pairs are told by chosen and rejected, and not by two responses and which is better."""
-        return {self["chosen"], self["rejected"]} <= table.rows[0].keys()
+        return self._has(table, "chosen", "rejected")
+
+    def _has(self, table: Table, *names: str) -> bool:
+        """Whether some row has each of these columns; JSON lines may leave out what is empty."""
+        return all(any(self[name] in row for row in table.rows) for name in names)
 
     def texts(self, table: Table, i: int, *names: str) -> tuple[str, ...]:
         """The texts in these columns; "" where there is none."""
@@ -119,6 +123,11 @@ class Columns:
             value = row.get(name)
             try:
                 prompt = self._prompt("" if value is None or value == [] else value)
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"{table.where(i)}: {name} is no Unicode, it holds half of a surrogate pair at character "
+                    f"{error.start}; mend the row, or leave it out with dataset.select"
+                ) from error
             except ValueError as error:
                 raise ValueError(f"{table.where(i)}: {error}") from error
             told = row[own] if own in row else row.get(shared)

@@ -29,13 +29,11 @@ class Settled:
     note: str
 
 
-def settle_safety(
-    records: Sequence[SafetyPair], policy: OnConflict, name: str, number: Callable[[int], int]
-) -> Settled:
+def settle_safety(records: Sequence[SafetyPair], policy: OnConflict, name: str, row: Callable[[int], str]) -> Settled:
     """Safety pairs of which the safer response alone is labelled unsafe.
 
     Args:
-        number: place of a record -> number of its row.
+        row: place of a record -> what its row is called, as its file counts it.
 
     Raises:
         ValueError: there are some, and that is an error, or none is left.
@@ -45,7 +43,7 @@ def settle_safety(
         return Settled(kept=list(range(len(records))), relabelled=set(), dropped={}, note="")
     said = (
         f"{name}: in {len(torn)} of {len(records)} pairs the safer response alone is labelled unsafe "
-        f"(first: row {number(torn[0])})"
+        f"(first: {row(torn[0])})"
     )
     if policy == "error":
         raise ValueError(f"{said}; mend them, or choose dataset.on_conflict=keep, drop or relabel")
@@ -67,7 +65,7 @@ def settle_preferences(
     policy: OnConflict,
     same: Same,
     name: str,
-    number: Callable[[int], int],
+    row: Callable[[int], str],
 ) -> Settled:
     """Pairs of which there is one that prefers the one response, and one that prefers the other.
 
@@ -77,7 +75,7 @@ def settle_preferences(
         pairs: of all rows, duplicates too: (prompt, (preferred response, the other)).
         ways: equal for rows that say the same, as `digest` has it.
         kept: places of those that are fit to be read, in order.
-        number: place of a row -> its number.
+        row: place of a row -> what it is called, as its file counts it.
 
     Raises:
         ValueError: there are some, and that is an error, or none is left.
@@ -94,7 +92,7 @@ def settle_preferences(
     torn = [i for i in kept if against.get(i)]
     if not torn:
         return Settled(kept=list(kept), relabelled=set(), dropped={}, note="")
-    said = f"{name}: {len(torn)} of {len(kept)} pairs are preferred both ways round (first: row {number(torn[0])})"
+    said = f"{name}: {len(torn)} of {len(kept)} pairs are preferred both ways round (first: {row(torn[0])})"
     if policy == "error":
         raise ValueError(f"{said}; mend them, or choose dataset.on_conflict=keep, drop or relabel")
     gone = set(torn) if policy == "drop" else set()

@@ -71,10 +71,6 @@ class Dataset:
             their own, `<split>_<rest>`, such as test_ood beside test.
         files: split -> which files of the hub data set or of the folder it is, by patterns such as data/train-*; null
             for those that are named by split. A path that is a file is read whole.
-        rest: null, and the rows that are not selected are left out; or a name: those of a split are then a split of
-            their own, `<split>_<rest>`, such as test_ood beside test.
-        files: split -> which files of the hub data set or of the folder it is, by patterns such as data/train-*; null
-            for those that are named by split. A path that is a file is read whole.
         shares: split -> share of the prompts of the training split that it gets by a hash of the prompt, such as train,
             candidate, safety and held_out; null leaves splits as they are. It stands in the place of hold_out.
         on_overlap: what becomes of rows of the training split whose prompt is in a held-out split that is evaluated:
@@ -290,7 +286,7 @@ class Dataset:
             self.on_conflict,
             self.duplicates,
             table.name,
-            table.numbers.__getitem__,
+            table.row,
         )
         self._note(settled.note)
         flipped = self._flipped(split, [measured.identities[i] for i in settled.kept])
@@ -375,7 +371,7 @@ class Dataset:
                     unsafer_is_unsafe=not safe[1 - safer],
                 )
             )
-        settled = settle_safety(records, self.on_conflict, table.name, lambda place: table.numbers[kept[place]])
+        settled = settle_safety(records, self.on_conflict, table.name, lambda place: table.row(kept[place]))
         self._note(settled.note)
         records = [records[k].swapped if k in settled.relabelled else records[k] for k in settled.kept]
         kept = [kept[k] for k in settled.kept]
@@ -509,7 +505,7 @@ class Dataset:
         kept: list[int] = []
         for i, (fault, identity) in enumerate(zip(faults, identities, strict=True)):
             if reason := fault or unnamed.get(i) or (DUPLICATE if identity in seen and not recurs else ""):
-                bad.reject(table.numbers[i], reason)
+                bad.reject(table.row(i), reason)
             else:
                 kept.append(i)
             seen.add(identity)

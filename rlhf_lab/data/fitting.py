@@ -27,10 +27,10 @@ class RowFilter:
 
     def __init__(self, source: str, policy: BadRows) -> None:
         self.source, self.policy = source, policy
-        self.reasons: dict[str, list[int]] = {}
+        self.reasons: dict[str, list[str]] = {}
 
-    def reject(self, row: int, reason: str) -> None:
-        """Row number `row` is bad."""
+    def reject(self, row: str, reason: str) -> None:
+        """A row is bad, named as its file counts it, "row 3"."""
         self.reasons.setdefault(reason, []).append(row)
 
     def report(self, total: int) -> str:
@@ -41,7 +41,7 @@ class RowFilter:
         """
         if not self.reasons:
             return ""
-        found = "; ".join(f"{len(rows)} with {reason} (first: row {rows[0]})" for reason, rows in self.reasons.items())
+        found = "; ".join(f"{len(rows)} with {reason} (first: {rows[0]})" for reason, rows in self.reasons.items())
         dropped = sum(map(len, self.reasons.values()))
         if self.policy == "error":
             raise ValueError(f"{self.source}: {found}, of {total} rows; mend or drop them (dataset.bad_rows=drop)")
@@ -112,9 +112,13 @@ def measure(
         fresh: list[int] = []
         for i in range(start, stop):
             prompt, texts = items[i]
-            if prompt.condition not in unknown:
+            faults[i] = _fault_of_texts(prompt, texts, template, distinct=distinct)
+            if not faults[i] and prompt.condition not in unknown:
                 unknown[prompt.condition] = template.unknown(prompt.condition)
-            faults[i] = _fault_of_texts(prompt, texts, template, unknown[prompt.condition], distinct=distinct)
+            if not faults[i] and (words := unknown[prompt.condition]):
+                faults[i] = (
+                    f"a condition of words that the tokenizer does not know, {words} (model.new_tokens adds them)"
+                )
             if not faults[i] and (same != "exact" or first.setdefault(identities[i], i) == i):
                 fresh.append(i)
         new = list({(items[i][0].id, items[i][0].condition): items[i][0] for i in fresh}.values())
@@ -134,9 +138,9 @@ def measure(
     return Measured(faults=faults, identities=identities, prompt_tokens=prompts, response_tokens=responses)
 
 
-def _fault_of_texts(
-    prompt: Prompt, texts: Sequence[str], template: Template, unknown: Sequence[str], *, distinct: bool
-) -> str:
+def _fault_of_texts(prompt: Prompt, texts: Sequence[str], template: Template, *, distinct: bool) -> str:
+    if not all(map(_is_unicode, (*(message["content"] for message in prompt.messages), prompt.condition, *texts))):
+        return "a text that is no Unicode: it holds half of a surrogate pair, as a text cut in the middle of an emoji"
     if not prompt.request.strip():
         return "an empty prompt"
     if not all(text.strip() for text in texts):
@@ -145,9 +149,16 @@ def _fault_of_texts(
         return "equal responses"
     if forged := template.fault(prompt, texts):
         return forged
-    if unknown:
-        return f"a condition of words that the tokenizer does not know, {list(unknown)} (model.new_tokens adds them)"
     return ""
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8, which JSON's escapes do not see to, and tokenizers need."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _chunks(name: str, total: int) -> Iterator[tuple[int, int]]:

@@ -91,7 +91,7 @@ def prompts_of_table(path: str, column: str) -> set[str]:
     ids: set[str] = set()
     for split, rows in read_splits(path, None, [column]).items():
         need(rows, {"prompt": column}, ["prompt"], f"{path} ({split})", "stage.disjoint_from")
-        ids |= {prompt_of(row[column]).id for row in rows}
+        ids |= {prompt_of(row[column]).id for row in rows if row.get(column)}
     return ids
 
 

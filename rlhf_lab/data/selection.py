@@ -25,10 +25,23 @@ class Selected:
 Selection = Callable[[Rows], Selected]
 
 
+class UnreadableRow(ValueError):
+    """A row of which a selection cannot say whether it is read.
+
+    Fields:
+        row: its place among the rows that the selection was given; whoever gave them knows where it stands.
+        why: with a remedy.
+    """
+
+    def __init__(self, row: int, why: str) -> None:
+        super().__init__(f"row {row}: {why}")
+        self.row, self.why = row, why
+
+
 def _value(row: Mapping[str, Any], column: str, number: int) -> Any:
     if (value := value_at(row, column)) is MISSING:
-        raise ValueError(
-            f"row {number} has the columns {sorted(row)}, but dataset.select reads {column!r}; name one that is there"
+        raise UnreadableRow(
+            number, f"it has the columns {sorted(row)}, but dataset.select reads {column!r}; name one that is there"
         )
     return value
 
@@ -37,7 +50,11 @@ def _number(row: Mapping[str, Any], column: str, number: int) -> float:
     value = _value(row, column, number)
     # nan compares false with everything, so it would be dropped for a reason that is not its own
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-        raise ValueError(f"row {number}: {column} is {str(value)[:60]!r}; dataset.select compares numbers")
+        raise UnreadableRow(
+            number,
+            f"{column} is {str(value)[:60]!r}, and dataset.select compares numbers; mend the row, or leave out what is "
+            "none before, with a selection.Where",
+        )
     return float(value)
 
 
@@ -87,7 +104,11 @@ class Between:
             return _number(row, self.column, number)
         value = _value(row, self.column, number)
         if not isinstance(value, str):
-            raise ValueError(f"row {number}: {self.column} is {str(value)[:60]!r}; dataset.select measures a text")
+            raise UnreadableRow(
+                number,
+                f"{self.column} is {str(value)[:60]!r}, and dataset.select measures a text; name another column, or "
+                "mend the row",
+            )
         return len(value.split(" ")) if self.unit == "words" else len(value)
 
 
@@ -181,7 +202,10 @@ class Every:
     def __call__(self, rows: Rows) -> Selected:
         left, dropped = list(range(len(rows))), dict[str, list[int]]()
         for part in self.parts:
-            chosen = part([rows[number] for number in left])
+            try:
+                chosen = part([rows[number] for number in left])
+            except UnreadableRow as error:
+                raise UnreadableRow(left[error.row], error.why) from error
             for reason, places in chosen.dropped.items():
                 dropped[reason] = sorted([*dropped.get(reason, []), *(left[place] for place in places)])
             left = [left[place] for place in chosen.kept]

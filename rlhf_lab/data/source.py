@@ -9,7 +9,7 @@ from rlhf_lab.data.hub import Named
 from rlhf_lab.data.paths import reached
 from rlhf_lab.data.readers import TEXTS
 from rlhf_lab.data.sameness import Same
-from rlhf_lab.data.selection import Selection
+from rlhf_lab.data.selection import Selection, UnreadableRow
 from rlhf_lab.data.shapes import Shape, shaped
 from rlhf_lab.data.splits import Table, divide, hold_out, overlap
 from rlhf_lab.data.tables import apart, read_files
@@ -79,8 +79,8 @@ class Source:
         if self.select is not None:
             try:
                 selected = self.select(rows)
-            except ValueError as error:
-                raise ValueError(f"{table.name}: {error}") from error
+            except UnreadableRow as error:
+                raise ValueError(f"{table.where(error.row)}: {error.why}") from error
             if self.rest is None:
                 reasons |= {reason: len(lost) for reason, lost in selected.dropped.items()}
             else:
@@ -173,7 +173,7 @@ class Source:
 
     def _named(self, table: Table, split: str) -> Table:
         """Rows that became a split of another name; what was lost on the way was so in the other."""
-        return replace(table, name=self._name(split), lost={}, total=len(table))
+        return replace(table, name=self._name(split), lost={}, total=table.sources)
 
     def _disjoint(self, tables: dict[str, Table]) -> dict[str, Table]:
         """No prompt of the training split in a held-out one, and none in two splits that a hash has divided.

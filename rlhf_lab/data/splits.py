@@ -50,21 +50,31 @@ class Table:
 
     def where(self, i: int) -> str:
         """What an error calls row i: data set, split, the row as its file counts it, and the file if there are more."""
+        return f"{self.name}, {self.row(i)}"
+
+    def row(self, i: int) -> str:
+        """`where`, for what has named the data set and the split already."""
         number = self.numbers[i]
         for first, file in reversed(self.files):
             if number >= first:
-                return f"{self.name}, row {number - first} of {file}"
-        return f"{self.name}, row {number}"
+                return f"row {number - first} of {file}"
+        return f"row {number}"
+
+    @property
+    def sources(self) -> int:
+        """How many rows of the source its rows were made of; a shape may make several of one."""
+        return len(set(self.numbers))
 
     def take(self, chosen: Sequence[int], reason: str = "") -> "Table":
         """These rows, in this order; the others are counted as lost, unless they are but in another split."""
         gone = len(self.rows) - len(chosen)
+        numbers = [self.numbers[i] for i in chosen]
         return replace(
             self,
             rows=[self.rows[i] for i in chosen],
-            numbers=[self.numbers[i] for i in chosen],
+            numbers=numbers,
             lost={**self.lost, reason: self.lost.get(reason, 0) + gone} if reason and gone else self.lost,
-            total=self.total if reason else self.total - gone,
+            total=self.total if reason else self.total - self.sources + len(set(numbers)),
         )
 
 

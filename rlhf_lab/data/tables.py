@@ -157,14 +157,16 @@ def need(rows: Rows, columns: Mapping[str, str], wanted: Sequence[str], source: 
         columns: name here -> name in the data.
 
     Raises:
-        ValueError: there are no rows, or a column is missing; says what is there and how to map it.
+        ValueError: there are no rows, or a column is missing in all of them; says what is there and how to map it. Rows
+            that alone lack it are no fault here: their cell is empty.
     """
     if not rows:
         raise ValueError(f"{source} is empty; {purpose} needs at least one row")
     for name in wanted:
-        if columns.get(name, name) not in rows[0]:
+        if not any(columns.get(name, name) in row for row in rows):
             raise ValueError(
-                f"{source} has the columns {sorted(rows[0])}, but {purpose} needs {columns.get(name, name)!r}; "
+                f"{source} has the columns {sorted(set().union(*rows))}, but {purpose} needs "
+                f"{columns.get(name, name)!r}; "
                 f"say which one it is with dataset.columns.{name}=<column>"
             )
 

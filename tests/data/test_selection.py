@@ -67,12 +67,12 @@ def test_selections_one_after_another_count_each_row_once_for_the_first_reason()
 @pytest.mark.parametrize(
     ("select", "said"),
     [
-        (lambda: Between(column="m", low=0, high=None, unit="value")(ROWS), r"row 0 has the columns .* reads 'm'"),
+        (lambda: Between(column="m", low=0, high=None, unit="value")(ROWS), r"row 0: it has the columns .* reads 'm'"),
         (
             lambda: Between(column="sub", low=0, high=None, unit="value")(ROWS),
-            r"row 0: sub is 'x'; .* compares numbers",
+            r"row 0: sub is 'x', .* compares numbers",
         ),
-        (lambda: Between(column="n", low=0, high=None, unit="words")(ROWS), r"row 0: n is '3'; .* measures a text"),
+        (lambda: Between(column="n", low=0, high=None, unit="words")(ROWS), r"row 0: n is '3', .* measures a text"),
         (lambda: AboveMinimum(column="n")([{"n": 1.0}, {"n": float("nan")}]), r"row 1: n is 'nan'"),
         (lambda: Between(column="n", low=None, high=None, unit="value"), "neither low nor high"),
         (lambda: Between(column="n", low=2, high=1, unit="value"), "low=2 is above high=1"),

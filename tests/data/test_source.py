@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 
+from rlhf_lab.data.instructions import GoldGenerations
+from rlhf_lab.data.selection import Between, Every
 from rlhf_lab.data.templates import Template
 from rlhf_lab.engine.tiny import tiny_tokenizer
 from tests.data.tables import numbered, written
@@ -110,3 +112,64 @@ def test_a_row_is_numbered_as_its_file_counts_it_whatever_was_left_out_before(tm
     data = written(tmp_path, {"test": [{**numbered(1)[0], **PAIR}]}, on_overlap="drop")
     with pytest.raises(ValueError, match=r"\(train\), row 1 of train-1-of-2\.jsonl: margin is '\?'"):
         data.preferences("train", TEMPLATE)
+
+
+def test_bad_rows_of_several_files_are_named_by_the_file_that_holds_them(tmp_path):
+    rows = [{**each, **PAIR} for each in numbered(6)]
+    rows[4]["chosen"] = " "
+    for k, part in enumerate((rows[:3], rows[3:])):
+        written(tmp_path, {f"train-{k}-of-2": part})
+    with pytest.raises(ValueError, match=r"1 with an empty response \(first: row 1 of train-1-of-2\.jsonl\)"):
+        written(tmp_path, {}).preferences("train", TEMPLATE)
+
+
+def test_a_row_that_cannot_be_selected_is_named_as_its_file_counts_it(tmp_path):
+    rows = [{**each, **PAIR, "n": i, "m": 0.0} for i, each in enumerate(numbered(10))]
+    rows[8]["m"] = float("nan")
+    parts = [Between(column=column, low=low, high=None, unit="value") for column, low in (("n", 4), ("m", 0))]
+    data = written(tmp_path, {"train": rows}, select=Every(parts=parts))
+    with pytest.raises(ValueError, match=r"\(train\), row 8: m is 'nan'.*mend the row"):
+        data.preferences("train", TEMPLATE)
+
+
+@pytest.mark.parametrize(
+    ("settings", "read"),
+    [
+        ({"hold_out": 0.3}, 20),
+        ({"shares": {"train": 0.5, "test": 0.5}}, 20),
+        ({"select": Between(column="sample", low=0, high=2, unit="value"), "rest": "late"}, 40),  # both have of each
+    ],
+)
+def test_rows_of_which_a_shape_makes_several_are_counted_as_they_were_read(tmp_path, settings, read):
+    rows = [
+        {"instruction": f"prompt {i}", "answers": ["a", "b", "c", "d", "e"], "scores": [1, 2, 3, 4, 5]}
+        for i in range(20)
+    ]
+    shape = GoldGenerations(
+        instruction="instruction", input=None, joined="", answers="answers", scores="scores", most=None
+    )
+    data = written(tmp_path, {"train": rows}, shape=shape, **settings)
+    made = [len(data.demonstrations(split, TEMPLATE)) for split in ("train", *data.splits)]
+    counted = data.counted.as_json()
+    assert sum(made) == 100
+    assert len(made) == 2
+    assert sum(each["total"] for each in counted) == read
+    assert all(0 < each["total"] < each["kept"] for each in counted)
+
+
+def test_a_text_that_is_no_unicode_is_a_bad_row(tmp_path):
+    rows = [{**each, **PAIR} for each in numbered(4)]
+    rows[1]["chosen"], rows[2]["rejected"], rows[3]["condition"] = "half \ud83d", "\udc00", "\ud83d"
+    data = written(tmp_path, {"train": rows}, bad_rows="drop")
+    assert [pair.prompt.request for pair in data.preferences("train", TEMPLATE)] == ["prompt 0"]
+    assert any("3 with a text that is no Unicode" in note for note in data.notes)
+    rows[2]["prompt"] = "half \ud83d"
+    with pytest.raises(ValueError, match=r"row 2: prompt is no Unicode.*at character 5; mend the row"):
+        written(tmp_path, {"train": rows}, bad_rows="drop").preferences("train", TEMPLATE)
+
+
+def test_a_column_that_some_rows_alone_lack_is_there_and_their_cells_are_empty(tmp_path):
+    rows = [numbered(1)[0], *({**each, **PAIR} for each in numbered(3, "other"))]
+    data = written(tmp_path, {"train": rows}, bad_rows="drop")
+    assert len(data.preferences("train", TEMPLATE)) == 3
+    assert any("1 with an empty response (first: row 0)" in note for note in data.notes)

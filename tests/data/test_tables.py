@@ -167,9 +167,9 @@ def test_prompts_that_no_user_ends_are_refused(value):
 def test_bad_rows_are_counted_by_reason_and_refused_or_dropped():
     def found(policy) -> RowFilter:
         bad = RowFilter("data (train)", policy)
-        bad.reject(3, "an empty prompt")
-        bad.reject(5, "a duplicate of an earlier row")
-        bad.reject(7, "an empty prompt")
+        bad.reject("row 3", "an empty prompt")
+        bad.reject("row 5", "a duplicate of an earlier row")
+        bad.reject("row 7", "an empty prompt")
         return bad
 
     with pytest.raises(
