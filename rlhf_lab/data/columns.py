@@ -125,8 +125,8 @@ class Columns:
                 prompt = self._prompt("" if value is None or value == [] else value)
             except UnicodeEncodeError as error:
                 raise ValueError(
-                    f"{table.where(i)}: {name} is no Unicode, it holds half of a surrogate pair at character "
-                    f"{error.start}; mend the row, or leave it out with dataset.select"
+                    f"{table.where(i)}: {name} is no Unicode, it holds half of a surrogate pair; mend the "
+                    "row, or leave it out with dataset.select"
                 ) from error
             except ValueError as error:
                 raise ValueError(f"{table.where(i)}: {error}") from error

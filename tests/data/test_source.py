@@ -164,7 +164,7 @@ def test_a_text_that_is_no_unicode_is_a_bad_row(tmp_path):
     assert [pair.prompt.request for pair in data.preferences("train", TEMPLATE)] == ["prompt 0"]
     assert any("3 with a text that is no Unicode" in note for note in data.notes)
     rows[2]["prompt"] = "half \ud83d"
-    with pytest.raises(ValueError, match=r"row 2: prompt is no Unicode.*at character 5; mend the row"):
+    with pytest.raises(ValueError, match=r"row 2: prompt is no Unicode.*half of a surrogate pair; mend the row"):
         written(tmp_path, {"train": rows}, bad_rows="drop").preferences("train", TEMPLATE)
 
 
