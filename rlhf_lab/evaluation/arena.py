@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_lab.functional.estimates import Estimate, mean, rate
+from rlhf_lab.functional.estimates import Estimate, difference_of_shares, mean, rate
 from rlhf_lab.types import Metrics
 
 OUTCOMES = ("better", "tie", "worse")
@@ -86,11 +86,12 @@ def standing(names: tuple[str, str], reward: Tensor, cost: Tensor, prompt: Tenso
         for j, second in enumerate(SAFETY)
     }
     means: dict[tuple[str, str], Estimate] = {}
-    differences: dict[str, Estimate] = {}
-    for measure, scores, estimate in (("reward", reward, mean), ("cost", cost, mean), ("safe", safe.double(), rate)):
-        for who, name in enumerate(names):
-            means[measure, name] = estimate(scores[:, who], prompt)
-        differences[measure] = mean(scores[:, 1].double() - scores[:, 0].double(), prompt)
+    scored = {"reward": reward, "cost": cost}
+    for who, name in enumerate(names):
+        means |= {(measure, name): mean(each[:, who], prompt) for measure, each in scored.items()}
+        means["safe", name] = rate(safe[:, who].double(), prompt)
+    differences = {name: mean(each[:, 1].double() - each[:, 0].double(), prompt) for name, each in scored.items()}
+    differences["safe"] = difference_of_shares(safe[:, 1].double(), safe[:, 0].double(), prompt)
     return Standing(
         names=names,
         win_rate=rate(wins, prompt),

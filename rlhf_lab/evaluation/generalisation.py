@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from rlhf_lab.data.generations import Generations
-from rlhf_lab.functional.estimates import Estimate, difference, mean
+from rlhf_lab.evaluation.policies import SHARES
+from rlhf_lab.functional.estimates import Estimate, difference, difference_of_shares, mean, rate
 
 MEASURES = ("gold_", "verdict_", "score_", "text_", "kl_")  # what the columns begin with, the truth first
 
@@ -55,19 +56,23 @@ class Cell:
 
 @dataclass(frozen=True, eq=False)
 class PromptMeans:
-    """The mean of a metric over the responses to each prompt, prompts by (id, condition); and what had no value."""
+    """The mean of a metric over the responses to each prompt, prompts by (id, condition); and what had no value.
+
+    Fields:
+        values: (N,) of the responses that have one, 0 to 1 if it is a share.
+        prompt: (N,) which prompt each answers.
+    """
 
     by_prompt: Mapping[tuple[str, str], float]
+    values: Tensor
+    prompt: Tensor
+    is_share: bool
     excluded: int
 
     @property
-    def values(self) -> Tensor:
-        return torch.tensor(list(self.by_prompt.values()), dtype=torch.float64)
-
-    @property
     def estimate(self) -> Estimate:
-        """Their mean with its Student-t interval."""
-        return mean(self.values, torch.arange(len(self.by_prompt)))
+        """Their mean with its interval over prompts: Wilson's of a share, else Student's."""
+        return rate(self.values, self.prompt) if self.is_share else mean(self.values, self.prompt)
 
 
 def prompt_means(table: Generations, metric: str, split: str) -> PromptMeans:
@@ -86,8 +91,13 @@ def prompt_means(table: Generations, metric: str, split: str) -> PromptMeans:
     sums = np.add.reduceat(np.where(known, values, 0.0), starts[:-1])
     counts = np.add.reduceat(known.astype(np.int64), starts[:-1])
     keys = table.keys(split)
-    found = {key: float(sums[i] / counts[i]) for i, key in enumerate(keys) if counts[i]}
-    return PromptMeans(found, int((~known).sum()))
+    return PromptMeans(
+        by_prompt={key: float(sums[i] / counts[i]) for i, key in enumerate(keys) if counts[i]},
+        values=torch.from_numpy(values[known]),
+        prompt=torch.from_numpy(np.repeat(np.arange(len(keys)), np.diff(starts))[known]),
+        is_share=metric.startswith("verdict_") or metric.removeprefix("text_") in SHARES,
+        excluded=int((~known).sum()),
+    )
 
 
 def gap(home: PromptMeans, away: PromptMeans) -> tuple[Estimate, bool]:
@@ -97,8 +107,12 @@ def gap(home: PromptMeans, away: PromptMeans) -> tuple[Estimate, bool]:
     if not same:
         return difference(home.estimate, away.estimate), False
     there = {key[0]: value for key, value in away.by_prompt.items()}
-    within = torch.tensor([value - there[key[0]] for key, value in home.by_prompt.items()], dtype=torch.float64)
-    return mean(within, torch.arange(len(within))), True
+    pairs = [(value, there[key[0]]) for key, value in home.by_prompt.items()]
+    here, elsewhere = torch.tensor(pairs, dtype=torch.float64).T
+    prompts = torch.arange(len(pairs))
+    if home.is_share:
+        return difference_of_shares(here, elsewhere, prompts), True
+    return mean(here - elsewhere, prompts), True
 
 
 def over_runs(values: Sequence[float]) -> Estimate:

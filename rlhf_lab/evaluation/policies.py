@@ -9,7 +9,7 @@ from rlhf_lab.data.tables import Rows
 from rlhf_lab.functional.estimates import mean, rate
 from rlhf_lab.types import Metrics
 
-SHARES = ("refusal", "refusal_of_harmful", "refusal_of_harmless", "exact_match")  # 0 or 1 for each response
+SHARES = ("refusal", "refusal_of_harmful", "refusal_of_harmless", "exact_match")  # of texts, 0 or 1 for each response
 
 
 def clusters(rows: Rows) -> Tensor:
@@ -31,10 +31,10 @@ def split_metrics(split: str, rows: Rows) -> Metrics:
         found = mean(values, cluster)
         metrics[f"{key}/{name}" if name.startswith("kl") else f"{key}/{name}/mean"] = found.value
         metrics[f"{key}/{name}/ci95"] = found.high - found.value
-    for name, values in (("mean_length", _column(rows, "tokens")), ("truncated_ratio", 1 - _column(rows, "finished"))):
-        found = mean(values, cluster)
+    lengths, cut = mean(_column(rows, "tokens"), cluster), rate(1 - _column(rows, "finished"), cluster)
+    for name, found in (("mean_length", lengths), ("truncated_ratio", cut)):
         metrics[f"{key}/completions/{name}"] = found.value
-        metrics[f"{key}/completions/{name}/ci95"] = found.high - found.value
+        metrics[f"{key}/completions/{name}/ci95"] = (found.high - found.low) / 2
     for kind, metric in (("texts", "text"), ("verdicts", "win_rate")):
         for name in rows[0].get(kind, {}):
             metrics |= _of_texts(f"{key}/{metric}/{name}", [row[kind][name] for row in rows], cluster, name)

@@ -64,7 +64,7 @@ def bootstrapped(statistic: Callable[[Tensor], float], cluster: Tensor, draws: i
 
     Args:
         statistic: row indices (int64, with repetitions) -> number; draws in which it is nan are left out, and if every
-            tenth is, the interval is nan.
+            tenth is, the interval is nan. A single cluster, which says nothing of others, has an unbounded one.
         cluster: (N,) int64; equal values are drawn together.
 
     Source: Efron 1979, Annals of Statistics 7:1; with clusters, Davison and Hinkley 1997, section 3.8.
@@ -72,6 +72,8 @@ def bootstrapped(statistic: Callable[[Tensor], float], cluster: Tensor, draws: i
     value = statistic(torch.arange(len(cluster)))
     _, place, count = cluster.unique(return_inverse=True, return_counts=True)
     clusters = len(count)
+    if clusters < 2:
+        return Estimate(value=value, low=-math.inf, high=math.inf)
     order = place.argsort(stable=True)
     padded = torch.full((clusters, int(count.max())), -1, dtype=torch.int64)  # (C, largest) row indices
     starts = count.cumsum(0) - count
@@ -97,3 +99,16 @@ def difference(one: Estimate, other: Estimate) -> Estimate:
     low = math.hypot(one.value - one.low, other.high - other.value)
     high = math.hypot(one.high - one.value, other.value - other.low)
     return Estimate(value=value, low=value - low, high=value + high)
+
+
+def difference_of_shares(one: Tensor, other: Tensor, cluster: Tensor) -> Estimate:
+    """One less the other, of (N,) outcomes in [0, 1] of the same cases, with Student's interval over clusters.
+
+    Where no cluster differs from another there is no spread, which is no reason to be sure: the interval is then that
+    of independent shares.
+    """
+    within = one.double() - other.double()
+    means = cluster_means(within, cluster)
+    if means.min() == means.max():
+        return difference(rate(one, cluster), rate(other, cluster))
+    return mean(within, cluster)

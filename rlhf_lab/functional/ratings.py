@@ -85,7 +85,8 @@ def elo_interval(
 
     Returns:
         (K,) the lower and (K,) the upper end; and how many resamples had no finite ratings and are left out, which is 0
-        with virtual ties. Where these are more than the tails of the interval, its ends are infinite.
+        with virtual ties. Where these are more than the tails of the interval, or there is one prompt, which says
+        nothing of others, its ends are infinite.
 
     Source: the intervals of Chiang et al. 2024, arXiv:2403.04132 (Chatbot Arena).
     """
@@ -101,7 +102,7 @@ def elo_interval(
     finite = linked(games + virtual_ties * (1 - torch.eye(num, dtype=torch.float64)))
     left_out = draws - int(finite.sum())
     tail = (1 - level) / 2
-    if left_out > tail * draws:
+    if left_out > tail * draws or num_prompts == 1:
         unknown = torch.full((num,), math.inf, dtype=torch.float64)
         unknown[anchor] = 0
         return rating - unknown, rating + unknown, left_out

@@ -22,7 +22,7 @@ class Generalisation:
 
     Metrics: `generalisation/<method>/<split>/<metric>/…` and, of every split but the one in distribution,
     `gap/<method>/<split>/<metric>/…`, each mean, low, high and ci95, half its 95 % interval: over prompts for a method
-    with one run, over its runs if it has several.
+    with one run (of shares Wilson's, else Student's), over its runs if it has several.
 
     Args:
         policies: method -> the folder or generation table of its evaluation, or a list of them, one for each seed.

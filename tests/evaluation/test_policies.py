@@ -33,6 +33,8 @@ def test_intervals_are_over_prompts_and_not_over_samples():
     assert found["eval/test/kl_k2"] == 0.5
     assert found["eval/test/completions/mean_length"] == 5.0
     assert found["eval/test/completions/truncated_ratio"] == 0.0
+    theirs = scipy.stats.binomtest(0, 3).proportion_ci(method="wilson")  # that none was cut does not mean none will be
+    assert found["eval/test/completions/truncated_ratio/ci95"] == pytest.approx(theirs.high / 2)
 
 
 def test_one_prompt_under_two_conditions_is_two_cases():

@@ -7,7 +7,15 @@ import scipy
 import torch
 
 from rlhf_lab.functional.classification import pearson
-from rlhf_lab.functional.estimates import Estimate, bootstrapped, cluster_means, difference, mean, rate
+from rlhf_lab.functional.estimates import (
+    Estimate,
+    bootstrapped,
+    cluster_means,
+    difference,
+    difference_of_shares,
+    mean,
+    rate,
+)
 
 
 def test_the_interval_of_a_mean_is_students_over_clusters():
@@ -69,6 +77,22 @@ def test_the_bootstrap_of_a_correlation_is_near_fishers_interval():
     found = bootstrapped(lambda rows: pearson(x[rows], y[rows]), torch.arange(500), 1000, 0)
     theirs = scipy.stats.pearsonr(x.numpy(), y.numpy()).confidence_interval()
     assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=0.02)
+
+
+def test_one_cluster_says_nothing_of_others():
+    found = bootstrapped(lambda rows: float(len(rows)), torch.zeros(5, dtype=torch.int64), 10, 0)
+    assert (found.value, found.low, found.high) == (5.0, -math.inf, math.inf)
+
+
+def test_shares_of_the_same_cases_are_compared_case_by_case_unless_none_differs():
+    one, other = torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([0.0, 1.0, 0.0, 1.0])
+    found = difference_of_shares(one, other, torch.arange(4))
+    low, high = scipy.stats.t.interval(0.95, 3, 0.25, scipy.stats.sem([1.0, 0, 0, 0]))
+    assert (found.value, found.low, found.high) == pytest.approx((0.25, low, high))
+    same = difference_of_shares(one, one, torch.arange(4))
+    assert same.value == 0.0
+    wilson = scipy.stats.binomtest(3, 4).proportion_ci(method="wilson")
+    assert same.high == pytest.approx(math.hypot(wilson.high - 0.75, 0.75 - wilson.low))
 
 
 def test_a_statistic_that_is_seldom_defined_has_no_interval():

@@ -77,6 +77,12 @@ def test_the_ends_of_two_players_are_those_of_binomial_wins():
         assert 200 * share == pytest.approx(binom.ppf(level, 200, 0.65), abs=1.01)
 
 
+def test_one_prompt_says_nothing_of_others():
+    low, high, _ = elo_interval(torch.tensor([[[0.0, 3.0], [1.0, 0.0]]]), 1.0, 0, 1000.0, 20, 0)
+    assert low.tolist() == [1000.0, -torch.inf]
+    assert high.tolist() == [1000.0, torch.inf]
+
+
 def test_an_interval_of_games_that_seldom_have_ratings_says_that_it_is_unknown():
     games = torch.zeros(3, 2, 2)
     games[:2, 0, 1] = games[2, 1, 0] = 1

@@ -116,6 +116,16 @@ def test_what_has_no_value_is_left_out_and_counted(table, compared):
     assert (row["excluded"], row["prompts"]) == (3, 2)
 
 
+def test_shares_have_wilsons_interval_even_where_none_refuses(table, compared):
+    splits = {name: {f"{name}{k}": [1.0, 1.0] for k in range(20)} for name in ("home", "away")}
+    made = table("ppo", splits, text_refusal=0.0, verdict_honesty=1.0)
+    _, metrics = compared(policies={"ppo": made}, metrics=["text_refusal", "verdict_honesty"])
+    theirs = scipy.stats.binomtest(0, 20).proportion_ci(method="wilson")  # two samples of a prompt are one case
+    assert metrics["generalisation/ppo/home/text_refusal/high"] == pytest.approx(theirs.high)
+    assert metrics["generalisation/ppo/home/verdict_honesty/low"] == pytest.approx(1 - theirs.high)
+    assert metrics["gap/ppo/away/text_refusal/high"] == pytest.approx(theirs.high)  # method 10 of Newcombe 1998
+
+
 def test_runs_of_a_sweep_are_one_method_if_they_differ_by_the_seed_alone(tmp_path, table, compared):
     for k, (seed, method) in enumerate([(0, "ppo"), (1, "ppo"), (0, "sft")]):
         job = tmp_path / f"sweep/job{k}"
