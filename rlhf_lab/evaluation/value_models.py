@@ -22,6 +22,7 @@ from rlhf_lab.functional.classification import (
     coverage,
     expected_calibration_error,
     pearson,
+    ranks,
     reliability,
     spearman,
     wilson,
@@ -134,7 +135,7 @@ class Assessor:
     Args:
         draws: of the bootstrap.
         bins: of reliability curves, of equal width.
-        margin_bins: of accuracy against margin, of equally many pairs.
+        margin_bins: of accuracy against margin, of about equally many pairs.
         seed: of the bootstrap.
     """
 
@@ -199,13 +200,16 @@ class Assessor:
         return found
 
     def _by_margin(self, pairs: ScoredPairs) -> list[dict[str, float]]:
-        """Accuracy in groups of pairs of about as large a margin, from the smallest."""
+        """Accuracy in groups of pairs of about as large a margin, from the smallest; equal margins are in one group."""
         margin = _margin(pairs)
         if margin is None:
             return []
-        order, won = margin.abs().argsort(stable=True), wins(pairs.lead(pairs.score))
+        size, won = margin.abs().round(decimals=9), wins(pairs.lead(pairs.score))  # so that 0.3 - 0.2 is 0.2 - 0.1
+        # which of equally many groups: that in which the middle of the ranks lies that equal margins share
+        place = ((ranks(size) - 0.5) / len(size) * self.margin_bins).long()
         groups: list[dict[str, float]] = []
-        for rows in order.tensor_split(min(self.margin_bins, len(order))):
+        for k in place.unique().tolist():
+            rows = (place == k).nonzero()[:, 0]
             found = rate(won[rows], pairs.prompt[rows])
             groups.append({"margin": margin[rows].abs().mean().item(), "count": float(len(rows)), **asdict(found)})
         return groups

@@ -267,7 +267,9 @@ def learning(run: Run) -> list[Panel]:
     """Losses and accuracies of runs that only train: SFT, reward and cost models, offline methods."""
     names = [name.split("/", 2)[2] if name.startswith("eval/") else name for name in run.names]
     of_the_policy = ("loss/policy_avg", "loss/value_avg")
-    learned = [n for n in names if n.startswith("loss") or ("accuracy" in n and not n.startswith("value_model/"))]
+    learned = [
+        n for n in names if n.startswith("loss") or ("accuracy" in n and not n.startswith(("value_model/", "gap/")))
+    ]
     wanted = dict.fromkeys(
         name.removesuffix("/mean") for name in learned if not name.endswith("/ci95") and name not in of_the_policy
     )

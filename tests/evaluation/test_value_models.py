@@ -107,6 +107,17 @@ def test_students_law_of_the_residuals_shows_how_far_the_variances_are_off(facto
     assert found["variance/spearman_with_error"].low > 0.2
 
 
+def test_pairs_of_equal_margin_are_in_one_group():
+    margin = torch.tensor([0.0] * 10 + [0.1 + 0.2, 0.3, 0.3, 0.5, 0.5, 0.9], dtype=torch.float64)
+    lead = torch.tensor([1.0, -1.0] * 5 + [1.0] * 6)
+    groups = ASSESSOR._by_margin(pairs(torch.stack([lead, 0 * lead], 1)[..., None], margin=margin))
+    assert [(group["margin"], group["count"], group["value"]) for group in groups] == [
+        (0.0, 10.0, 0.5),
+        (pytest.approx(0.3), 3.0, 1.0),
+        (pytest.approx(1.9 / 3), 3.0, 1.0),
+    ]
+
+
 def test_accuracy_rises_with_the_margin_where_it_does():
     margin = draw(2000).abs()
     lead = margin + draw(2000, seed=6)

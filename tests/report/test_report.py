@@ -16,7 +16,16 @@ from rlhf_lab.data.tables import write_table
 from rlhf_lab.report.canvas import in_words, rolling_mean
 from rlhf_lab.report.figures import FIGURES, OVERVIEW
 from rlhf_lab.report.page import build_report
-from rlhf_lab.report.plots import best_of_n, by_split, metric_label, multipliers, overoptimisation, soups, trade_offs
+from rlhf_lab.report.plots import (
+    best_of_n,
+    by_split,
+    learning,
+    metric_label,
+    multipliers,
+    overoptimisation,
+    soups,
+    trade_offs,
+)
 from rlhf_lab.report.run import read_run
 from rlhf_lab.report.summary import comparisons, duration, not_finite, number, timings
 
@@ -327,6 +336,16 @@ def test_offline_runs_show_their_loss_and_accuracy(tmp_path: Path):
     page = Page(build_report(run))
     assert "Accuracy on held-out test 0.52 ± 0.02 → 0.73 ± 0.02" in page.words
     assert {path.stem for path in (run / "plots").iterdir()} == {"overview", "learning", "diagnostics"}
+
+
+def test_the_accuracy_of_finished_value_models_is_no_learning_curve(tmp_path: Path):
+    said = {
+        "eval/test/value_model/cost/accuracy/mean": 0.8,
+        "gap/cost/ood/accuracy/low": 0.1,
+        "gap/cost/ood/accuracy/mean": 0.2,
+    }
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 0} | said])
+    assert learning(read_run(tmp_path)) == []
 
 
 def test_values_that_are_not_finite_are_named_and_break_no_figure(tmp_path: Path):
