@@ -33,6 +33,7 @@ EXPERIMENTS = sorted(
 )
 SCORERS = ["scorers.reward_models=[a/b,a/b,a/b,a/b,a/b]", "scorers.cost_models=[a/b]"]
 JUDGING = ["stage=judge_pairs", "dataset=tiny_help_told_pairs", "stage.criteria=[helpful]"]
+TELLING = ["stage=rollout_pairs", "conditions=preferences"]
 # what an option needs beside it: what only the person can say, or the kind of run that reads it
 BESIDE = {
     "model=hf": ["model.base=embedded:tiny", *SCORERS],
@@ -47,7 +48,7 @@ BESIDE = {
     "stage=judge_pairs": [*JUDGING, "judge=simulated"],
     "stage=pair_up": ["stage.generations=${artifact:tiny_help/generations}"],
     "dataset=tiny_help_multitask": ["algorithm=multitask_sft"],
-    **{f"preferences={path.stem}": ["stage=rollout_pairs", "conditions=preferences"] for path in (ROOT / "conf/preferences").glob("*")},
+    **{f"preferences={path.stem}": TELLING for path in (ROOT / "conf/preferences").glob("*.yaml")},
     "conditions=preferences": ["algorithm=pmorl"],
     "conditions=tiny_help": ["algorithm=pmorl"],
     "conditions=personalized_soups": ["stage=evaluate"],

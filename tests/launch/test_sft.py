@@ -14,7 +14,7 @@ from rlhf_lab.launch.execute import execute, preflight
         (["algorithm=dpo", "stage.turns=all"], r"stage\.turns=all .* reads preferences"),
         (["algorithm=sft", "stage.turns=first"], r"stage\.turns='first': .*'last' or 'all'"),
         (["algorithm=sft", "stage.pack_tokens=-1"], r"stage\.pack_tokens=-1: .*greater than or equal to 0"),
-        (["algorithm=reward_model", "dataset=tiny_help_multitask"], "chooses demonstrations, but preferences are needed"),
+        (["algorithm=reward_model", "dataset=tiny_help_multitask"], "demonstrations, but preferences are needed"),
     ],
 )
 def test_what_makes_no_sense_is_refused(typed, said, plan_of, untouched):
