@@ -179,14 +179,14 @@ def _matrix(logged: Mapping[str, float], split: str, criterion: str, names: Sequ
         for j, other in enumerate(names):
             ours, theirs = (f"win_rate/{split}/{criterion}/{pair}" for pair in (f"{one}/{other}", f"{other}/{one}"))
             if f"{ours}/mean" in logged:
-                share, reach = logged[f"{ours}/mean"], logged[f"{ours}/ci95"]
+                share, low, high = (logged[f"{ours}/{end}"] for end in ("mean", "low", "high"))
             elif f"{theirs}/mean" in logged:
-                share, reach = 1 - logged[f"{theirs}/mean"], logged[f"{theirs}/ci95"]
+                share, low, high = (1 - logged[f"{theirs}/{end}"] for end in ("mean", "high", "low"))
             else:
                 continue
             places.append((j, len(names) - 1 - i))
             shares.append(share)
-            texts.append(f"{share:.0%}\n±{reach:.0%}")
+            texts.append(f"{share:.0%}\n[{low:.0%}, {high:.0%}]")
     return Panel(
         title=f"Wins by {criterion} ({split})",
         x_label="against",

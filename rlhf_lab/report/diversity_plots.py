@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 
 from rlhf_lab.report.canvas import Curve, Panel
+from rlhf_lab.report.generalisation_plots import lasts
 from rlhf_lab.report.plots import ANY, MARKERS, panel
 from rlhf_lab.report.run import Run
 
@@ -41,11 +42,12 @@ def diversity(run: Run, of: str) -> list[Panel]:
     panels = []
     for measure, title in _MEASURES.items():
         shown = [v for v in views if any((split, v, table, measure) in found for table in tables)]
+        said = [lasts(run, [f"diversity/{split}/{view}/{table}/{measure}" for view in shown]) for table in tables]
         curves = [
             Curve(
                 x=np.array([place + _APART * (k - (len(tables) - 1) / 2) for place in range(len(shown))]),
-                y=np.array([_last(run, f"diversity/{split}/{view}/{table}/{measure}/mean") for view in shown]),
-                ci=np.array([_last(run, f"diversity/{split}/{view}/{table}/{measure}/ci95") for view in shown]),
+                y=said[k][0],
+                ci=said[k][1],
                 label=table,
                 colour=ANY[k % len(ANY)],
                 kind="estimates",
@@ -72,8 +74,3 @@ def _short(view: str) -> str:
     kind = "all of each" if view.startswith("per_input") else "one of each"
     rest = view.removeprefix("per_input").removeprefix("across_inputs").strip("_").replace("_", " ")
     return rest or kind
-
-
-def _last(run: Run, name: str) -> float:
-    series = run.series(name)
-    return float(series.value[-1]) if len(series.value) else np.nan

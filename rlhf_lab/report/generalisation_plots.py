@@ -1,11 +1,11 @@
 """Splits beside each other: the scores of one policy on all, and how far several methods fall out of distribution."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from rlhf_lab.report.canvas import Curve, Panel
+from rlhf_lab.report.canvas import Array, Curve, Panel
 from rlhf_lab.report.plots import ANY, MARKERS, metric_label
 from rlhf_lab.report.run import Run
 from rlhf_lab.report.value_model_plots import beside, named, reach
@@ -49,6 +49,13 @@ def last(run: Run, metric: str) -> dict[str, float] | None:
         return {"value": value, "low": float(low.value[-1]), "high": float(high.value[-1])}
     around = float(half.value[-1]) if half.exists else 0.0
     return {"value": value, "low": value - around, "high": value + around}
+
+
+def lasts(run: Run, metrics: Sequence[str]) -> tuple[Array, Array]:
+    """(n,) last values of metrics, and (2, n) how far their intervals reach down and up; NaN of one never logged."""
+    nothing = {"value": np.nan, "low": np.nan, "high": np.nan}
+    found = [last(run, metric) or nothing for metric in metrics]
+    return np.array([each["value"] for each in found]), reach(found, "value")
 
 
 def titled(metric: str) -> str:

@@ -7,6 +7,7 @@ from itertools import combinations
 import numpy as np
 
 from rlhf_lab.report.canvas import Curve, Panel
+from rlhf_lab.report.generalisation_plots import lasts
 from rlhf_lab.report.plots import ANY, MARKERS, panel
 from rlhf_lab.report.run import Run
 
@@ -55,15 +56,13 @@ def _by_method(run: Run, title: str, unit: str, methods: list[str], named: dict[
     """A number of each method, with its interval if it has one; several kinds of it side by side."""
     curves = []
     for k, (label, names) in enumerate(named.items()):
-        means = [_last(run, f"{name}/mean" if label == "" else name) for name in names]
-        half_widths = [_last(run, f"{name}/ci95") for name in names]
+        values, reach = lasts(run, names)
         places = [place + _APART * (k - (len(named) - 1) / 2) for place in range(len(methods))]
-        has_interval = any(map(np.isfinite, half_widths))
         curves.append(
             Curve(
                 x=np.array(places),
-                y=np.array(means),
-                ci=np.nan_to_num(half_widths) if has_interval else None,
+                y=values,
+                ci=reach if label == "" else None,
                 label=label,
                 colour=ANY[k % len(ANY)],
                 kind="estimates",
@@ -80,11 +79,12 @@ def _control(run: Run, split: str, methods: list[str]) -> list[Panel]:
     for method in methods:
         told = run.streams(f"pareto/{split}/{method}/told/<name>/correlation/mean")
         whats = ("correlation", "slope", "order")
+        said = [lasts(run, [f"pareto/{split}/{method}/told/{name}/{what}" for what in whats]) for name in told]
         curves = [
             Curve(
                 x=np.array([place + _APART * (k - (len(told) - 1) / 2) for place in range(len(whats))]),
-                y=np.array([_last(run, f"pareto/{split}/{method}/told/{name}/{what}/mean") for what in whats]),
-                ci=np.array([_last(run, f"pareto/{split}/{method}/told/{name}/{what}/ci95") for what in whats]),
+                y=said[k][0],
+                ci=said[k][1],
                 label=name,
                 colour=ANY[k % len(ANY)],
                 kind="estimates",
@@ -102,8 +102,3 @@ def _control(run: Run, split: str, methods: list[str]) -> list[Panel]:
 def _said(objective: str) -> str:
     kind, _, name = objective.partition("/")
     return f"gold {name}" if kind == "gold" else f"proxy {name}"
-
-
-def _last(run: Run, name: str) -> float:
-    series = run.series(name)
-    return float(series.value[-1]) if len(series.value) else np.nan

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rlhf_lab.report.canvas import Curve, Panel
+from rlhf_lab.report.generalisation_plots import lasts
 from rlhf_lab.report.run import Run
 
 KINDS = {
@@ -26,11 +27,11 @@ def verdicts(run: Run) -> list[Panel]:
     splits = list(dict.fromkeys(split for split, _, _ in found))
 
     def curve(kind: str, k: int) -> Curve:
-        names = [f"verdicts/{splits[k]}/{preference}/{kind}" for preference in preferences]
+        values, reach = lasts(run, [f"verdicts/{splits[k]}/{preference}/{kind}" for preference in preferences])
         return Curve(
             x=np.array([place + APART * (k - (len(splits) - 1) / 2) for place in range(len(preferences))]),
-            y=np.array([logged.get(f"{name}/mean", np.nan) for name in names]),
-            ci=np.array([logged.get(f"{name}/ci95", np.nan) for name in names]),
+            y=values,
+            ci=reach,
             label=splits[k],
             colour=COLOURS[k % len(COLOURS)],
             kind="estimates",

@@ -8,6 +8,7 @@ import pytest
 from rlhf_lab.report.arena_plots import agreements, arenas, contest_ratings, win_rates
 from rlhf_lab.report.canvas import LIGHT, in_words, png
 from rlhf_lab.report.run import read_run
+from rlhf_lab.report.verdict_plots import verdicts
 
 
 def estimate(name, mean, low, high):
@@ -39,6 +40,7 @@ METRICS = {
     **estimate("rating/test/kind/c", 760.0, 700.0, 800.0),
     **estimate("agreement/kind/alpha", 0.4, 0.1, 0.6),
     **estimate("judge_agreement/kind/raters", 0.8, 0.7, 0.9),
+    **estimate("verdicts/test/kind/consistent", 1.0, 0.8, 1.0),
 }
 
 
@@ -78,12 +80,18 @@ def test_a_matrix_of_three_mirrors_what_was_measured_once(run):
     cells = on_cells(matrix)
     assert [name for _, name in matrix.ticks] == ["a", "b", "c"]
     assert [name for _, name in matrix.y_ticks] == ["a", "b", "c"]
-    assert cells[0, 1][0].startswith("70%")  # b against a
-    assert cells[1, 2][0].startswith("30%")  # a against b
+    assert cells[0, 1][0] == "70%\n[55%, 80%]"  # b against a
+    assert cells[1, 2][0] == "30%\n[20%, 45%]"  # a against b
     assert cells[2, 2][0].startswith("80%")  # a against c
     assert (1, 0) not in cells  # b and c never met
     assert [curve.label for curve in duel.curves] == ["as judged, 95% interval", "at equal length", "even"]
     assert duel.title == "b against a (ood)"
+
+
+def test_a_share_of_all_has_no_interval_above_it(run):
+    [_, agree, _] = verdicts(run)
+    assert agree.curves[0].ci is not None
+    np.testing.assert_allclose(agree.curves[0].ci, [[0.2], [0.0]])
 
 
 def test_ratings_and_agreement_have_their_intervals(run):
