@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Personalized soups: pairs sampled and judged under preferences, a reward model told which, PPO, soups, P-MORL; ratings.
+# Personalized soups: pairs judged under preferences, a reward model told which, PPO, soups, P-MORL; win rates, ratings.
 # bash experiments/personalized_soups/run.sh [seeds], 0 by default; finished runs are skipped, a failure stops it.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -23,11 +23,13 @@ for seed in $seeds; do
   run ppo_humour algorithm=pmorl "${start[@]}" conditions=preferences preferences=tiny_help_humour \
     objective.streams=[humour] reward.sources.helpful=null
   run pmorl algorithm=pmorl "${start[@]}"
-  run soup algorithm=soup "${told[@]}" conditions=tiny_help stage.policies="[$(of ppo_helpful)/policy,$(of ppo_humour)/policy]" stage.grid=4
+  run soup algorithm=soup "${told[@]}" conditions=tiny_help stage.grid=4 \
+    stage.policies="[$(of ppo_helpful)/policy,$(of ppo_humour)/policy]"
   run ppo algorithm=prompting "${told[@]}" 'model.policy=${artifact:tiny_help/ppo_helpful}'
   run prompting algorithm=prompting "${told[@]}"
   # judged by each criterion and by both together, under each combination of preferences
-  run ratings stage=win_rates judge=simulated stage.criteria=[helpful,humour] '+stage.combinations.both=[helpful,humour]' \
+  run ratings stage=win_rates judge=simulated stage.criteria=[helpful,humour] \
+    '+stage.combinations.both=[helpful,humour]' \
     contestants.names=[prompting,ppo,multitask_sft,pmorl,soup] \
     contestants.policies="[$(of prompting),$(of ppo),$runs/tiny_help/a$seed/multitask_sft,$(of pmorl),$(of soup)]"
 done

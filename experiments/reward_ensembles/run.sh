@@ -21,7 +21,8 @@ done
 first=${seeds%% *}
 for beta in 0.0 0.02; do
   of=""; for seed in $seeds; do of+=",$sweeps/reward_ensembles_kl${beta}_s$seed"; done
-  python launch.py name="reward_ensembles/overoptimisation_kl$beta" stage=overoptimisation "stage.runs=[${of:1}]" \
-    stage.best_of_n="$runs/reward_ensembles/best_of_n_s$first" runs_dir="$runs" seed="$first"
+  python launch.py name="reward_ensembles/overoptimisation_kl$beta" stage=overoptimisation \
+    "stage.runs=[${of:1}]" stage.baseline=single stage.best_of_n="$runs/reward_ensembles/best_of_n_s$first" \
+    stage.best_of_n_by=[uwo_0.5] runs_dir="$runs" seed="$first"
 done
 echo "pages: $runs/reward_ensembles/{best_of_n_s$first,overoptimisation_kl0.0,overoptimisation_kl0.02}/report.html"

@@ -6,9 +6,10 @@ cd "$(dirname "$0")/../.."
 runs=${RUNS_DIR:-runs} seeds=${*:-0}
 
 for seed in $seeds; do
-  run() { python launch.py name="rewards_in_context/$1_s$seed" runs_dir="$runs" seed="$seed" artifact_seed="$seed" "${@:2}"; }
+  at=(runs_dir="$runs" seed="$seed" artifact_seed="$seed")
+  run() { python launch.py name="rewards_in_context/$1_s$seed" "${at[@]}" "${@:2}"; }
   # both responses of each pair with their scores by the two reward models, which are made when they are first read
-  python launch.py experiments=tiny_help/scored_preferences runs_dir="$runs" seed="$seed" artifact_seed="$seed"
+  python launch.py experiments=tiny_help/scored_preferences "${at[@]}"
   # one policy told each trade-off, offline and then online; two policies of one reward each, mixed
   run ric_online algorithm=ric_online
   compared=('${artifact:tiny_help/soup_lattice}' "$runs/rewards_in_context/ric_online_s$seed") methods=(soup ric_online)
@@ -22,6 +23,7 @@ for seed in $seeds; do
     compared+=("$runs/rewards_in_context/morlhf_${helpful}_s$seed" "$runs/rewards_in_context/modpo_${helpful}_s$seed")
     methods+=(morlhf modpo)
   done
-  run pareto stage=pareto "stage.runs=[$(IFS=,; echo "${compared[*]}")]" "stage.methods=[$(IFS=,; echo "${methods[*]}")]"
+  run pareto stage=pareto "stage.runs=[$(IFS=,; echo "${compared[*]}")]" \
+    "stage.methods=[$(IFS=,; echo "${methods[*]}")]"
 done
 echo "page: $runs/rewards_in_context/pareto_s${seeds%% *}/report.html"

@@ -6,7 +6,8 @@ cd "$(dirname "$0")/../.."
 runs=${RUNS_DIR:-runs} seeds=${*:-0}
 
 for seed in $seeds; do
-  run() { python launch.py name="safe_rlhf/$1_s$seed" runs_dir="$runs" seed="$seed" artifact_seed="$seed" "${@:2}"; }
+  at=(runs_dir="$runs" seed="$seed" artifact_seed="$seed")
+  run() { python launch.py name="safe_rlhf/$1_s$seed" "${at[@]}" "${@:2}"; }
   of() { echo "$runs/safe_rlhf/$1_s$seed"; }
   sft="$runs/tiny_help/a$seed/sft/policy"
 
@@ -18,12 +19,14 @@ for seed in $seeds; do
   done
   # one prompt set for four tests, so each spends a part of delta
   for method in ci_lag ppo_lag ppo; do
-    run safety_$method stage=safety_test stage.alpha_spending=true model.policy="$(of $method)/policy" model.reference="$sft"
+    run safety_$method stage=safety_test stage.alpha_spending=true \
+      model.policy="$(of $method)/policy" model.reference="$sft"
   done
   run safety_sft stage=safety_test stage.alpha_spending=true
   # who wins and who is safe, two by two; and everybody against everybody before a judge who errs
   for method in ppo ppo_lag ci_lag; do
-    run arena_$method stage=arena reward=single contestants.policies="[$sft,$(of $method)/policy]" contestants.names="[sft,$method]"
+    run arena_$method stage=arena reward=single \
+      contestants.policies="[$sft,$(of $method)/policy]" contestants.names="[sft,$method]"
   done
   run ratings stage=win_rates judge=simulated contestants.names=[sft,ppo,ppo_lag,ci_lag] \
     contestants.policies="[$sft,$(of ppo)/policy,$(of ppo_lag)/policy,$(of ci_lag)/policy]" \
@@ -34,4 +37,4 @@ for seed in $seeds; do
     run margins_$method stage=evaluate_scorers reward=implicit scorers.preference_policy="$(of $method)/policy"
   done
 done
-echo "pages: $runs/safe_rlhf/{value_models,safety_ci_lag,arena_ppo_lag,ratings,margins_dpo_margin}_s${seeds%% *}/report.html"
+echo "pages: $runs/safe_rlhf/{value_models,safety_ci_lag,arena_ppo_lag,ratings,margins_dpo}_s${seeds%% *}/report.html"
