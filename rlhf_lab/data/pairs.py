@@ -52,7 +52,8 @@ def paired(responses: Iterable[Mapping[str, Any]], pairing: Pairing) -> tuple[Ro
     """`couples` of all prompts, from a row for each response; those to one prompt stand side by side."""
     rows: Rows = []
     left_out: Counter[str] = Counter()
-    for _, group in groupby(responses, key=lambda row: (row["id"], row["preference"])):
+    # by the words too: a table may hold conditions that are no preferences, which all have the same name, ""
+    for _, group in groupby(responses, key=lambda row: (row["id"], row["preference"], row["told"])):
         samples = list(group)
         head = {name: samples[0][name] for name in HEAD}
         known = [{name: value for name, value in sample.items() if name not in HEAD} for sample in samples]

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import random
+import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -22,7 +23,16 @@ if TYPE_CHECKING:
 
 NO_FUNDS = {"insufficient_quota", "quota_exceeded", "credit_balance_exhausted", "billing_hard_limit_reached"}
 # what an endpoint will not answer for what it reads, while others are answered
-UNANSWERABLE = {"content_filter", "content_policy_violation", "context_length_exceeded", "string_above_max_length"}
+UNANSWERABLE = {
+    "content_filter",
+    "content_policy_violation",
+    "context_length_exceeded",
+    "exceed_context_size_error",  # llama.cpp
+    "invalid_prompt",
+    "string_above_max_length",
+}
+# vLLM and others say so in words alone, with the status for a code
+TOO_LONG = re.compile(r"(maximum|exceeds?).{0,40}context (length|size|window)", re.IGNORECASE)
 GATEWAYS = {502, 504}  # behind them the reply may have been made
 PATIENT = {408, 409, 425, 429}  # and whatever is 500 or more: waiting may help
 
@@ -223,16 +233,20 @@ class Session:
         """What a status other than 200 means: a refusal of this text alone, a fault that may pass, or an end."""
         status = int(error.status_code)
         said = error.body if isinstance(error.body, dict) else {}
-        code = str(said.get("code") or said.get("type") or "")
+        # what is no text is the status again, as vLLM and llama.cpp have it
+        codes = [code for code in (said.get("code"), said.get("type")) if isinstance(code, str) and code]
+        code = next((code for code in codes if code in NO_FUNDS | UNANSWERABLE), codes[0] if codes else "")
         where, message = self.endpoint.base_url, str(said.get("message") or error.message)[:300]
+        if status in (400, 413, 422) and TOO_LONG.search(message):
+            code = "context_length_exceeded"
         if status == 402 or code in NO_FUNDS:
             raise EndpointError(f"{where}: the account has no funds left ({message}); every reply so far is kept")
+        if code in UNANSWERABLE:
+            return Reply(text="", finish=code, prompt_tokens=0, reply_tokens=0, dollars=0.0, model="", was_refused=True)
         if status in PATIENT or status >= 500:
             raise Fault(
                 f"HTTP {status} {code}".strip(), was_paid=status in GATEWAYS, wait=retry_after(error.response.headers)
             )
-        if code in UNANSWERABLE:
-            return Reply(text="", finish=code, prompt_tokens=0, reply_tokens=0, dollars=0.0, model="", was_refused=True)
         hints = {
             400: "it may not know a field of judge.decoding; try structured=false, seed=null, another limit_field, …",
             401: f"the key in {self.endpoint.api_key_env} is not valid there",

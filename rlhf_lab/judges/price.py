@@ -1,6 +1,6 @@
 """What it would take to have comparisons judged, before anything is paid."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rlhf_lab.interfaces import Judge
@@ -45,27 +45,31 @@ class Price:
         )
 
 
-def price_of(judge: Judge, asked: Mapping[str, Sequence[Comparison]]) -> Price:
-    """What the judge would take for comparisons by criterion; nothing, for one that makes no calls."""
+Asked = Sequence[tuple[str, Sequence[Comparison]]]
+"""(criterion, comparisons) as they will be handed to the judge: a call shows several pairs of one of these alone."""
+
+
+def price_of(judge: Judge, asked: Asked) -> Price:
+    """What the judge would take; nothing, for one that makes no calls."""
     price = getattr(judge, "price", None)
     if price is None:
         return Price()
-    return sum((price(comparisons, criterion) for criterion, comparisons in asked.items()), Price())
+    return sum((price(comparisons, criterion) for criterion, comparisons in asked), Price())
 
 
 class DryRun(ValueError):
     """Nothing was asked, as was wished; the message is the price."""
 
 
-def announce(judge: Judge, asked: Mapping[str, Sequence[Comparison]], say: Callable[[str], None]) -> None:
+def announce(judge: Judge, asked: Asked, say: Callable[[str], None]) -> None:
     """Say what is going to be asked and what it takes; what a stage does before its first verdict.
 
     Raises:
         DryRun: no more than that was wished, `judge.dry_run=true`.
     """
     price = price_of(judge, asked)
-    count = sum(map(len, asked.values()))
-    said = f"judging {count} comparisons by {', '.join(sorted(asked))}: {price}"
+    count = sum(len(comparisons) for _, comparisons in asked)
+    said = f"judging {count} comparisons by {', '.join(sorted({criterion for criterion, _ in asked}))}: {price}"
     say(said)
     if getattr(judge, "dry_run", False):
         raise DryRun(f"{said}; judge.dry_run=true, so nothing was asked. Leave it out to have them judged")

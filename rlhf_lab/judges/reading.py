@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 CHOICES = {"a": 1.0, "b": 0.0, "tie": 0.5}
 _LINE = re.compile(
-    r"^\W*(?:pair\s+(\d+)\W+)?(?:verdict|scores)[\s*_]*:[\s*_(\[]*(.*?)[\s*_)\].]*$", re.IGNORECASE | re.MULTILINE
+    r"^\W*(?:pair\s+(\d+)\W+)?(?:verdict|scores)[\s*_]*:[\s*_(\[<\"'`]*(.*?)[\s*_)\]>\"'`.]*$",
+    re.IGNORECASE | re.MULTILINE,
 )
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _FENCE = re.compile(r"^\s*```(?:json)?\s*(.*?)\s*```\s*$", re.DOTALL)

@@ -119,10 +119,15 @@ class JudgePairs:
                 {**row, "id": prompt.id, "prompt": prompt.written} for row, prompt in zip(rows, prompts, strict=True)
             ]
             questions[split] = self._questions(pairs, held_out if name == "train" else set())
-        announce(judge, _by_criterion(each for asked, _ in questions.values() for each in asked), run.console.say)
-        for split, (asked, left_out) in questions.items():
+        parts = {
+            split: [asked[part] for part in batches(len(asked), self.pairs_per_shard)]
+            for split, (asked, _) in questions.items()
+        }
+        pieces = [piece for each in parts.values() for part in each for piece in _by_criterion(part).items()]
+        announce(judge, pieces, run.console.say)
+        for split, (_, left_out) in questions.items():
             name = names[split]
-            shards = [partial(self._shard, judge, asked[part]) for part in batches(len(asked), self.pairs_per_shard)]
+            shards = [partial(self._shard, judge, part) for part in parts[split]]
             files = sharded(run, split, f"judging pairs of {split}", shards)
             judged[name] = [row for file in files for row in read_table(file)]
             data, unused = self._learnable(judged[name], name, run.seed)

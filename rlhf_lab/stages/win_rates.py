@@ -106,8 +106,8 @@ class WinRates:
         matches = self.contestants.matches(run)
         tokenizer = load_tokenizer(self.model.policy, self.model.new_tokens)
         judge = self.judge.load(self.hardware, Template(tokenizer, self.contestants.dataset.template_style))
-        every_pair = [each for pair in self.pairs for each in _comparisons(matches, pair)]
-        announce(judge, dict.fromkeys(self.criteria, every_pair), run.console.say)
+        asked = [(criterion, _comparisons(part, pair)) for criterion, pair, part in self._pieces(matches)]
+        announce(judge, asked, run.console.say)
         rows = [row for file in self._judged(run, judge, matches) for row in read_table(file)]
         account(judge, run.console.say)
         run.make("data", lambda folder: write_table(rows, folder / VERDICTS))
@@ -144,13 +144,13 @@ class WinRates:
 
     def _judged(self, run: Run, judge: Judge, matches: Sequence[Match]) -> Iterator[Any]:
         """The files of the verdicts, made shard by shard."""
-        makers = [
-            partial(self._shard, judge, criterion, pair, matches[part])
-            for criterion in self.criteria
-            for pair in self.pairs
-            for part in batches(len(matches), self.pairs_per_shard)
-        ]
+        makers = [partial(self._shard, judge, *piece) for piece in self._pieces(matches)]
         yield from sharded(run, "verdicts", f"judging {len(self.pairs)} pairs of contestants", makers)
+
+    def _pieces(self, matches: Sequence[Match]) -> list[tuple[str, tuple[int, int], Sequence[Match]]]:
+        """What is judged together: a criterion, a pair of contestants, and some of their matches."""
+        parts = [matches[part] for part in batches(len(matches), self.pairs_per_shard)]
+        return [(criterion, pair, part) for criterion in self.criteria for pair in self.pairs for part in parts]
 
     def _shard(self, judge: Judge, criterion: str, pair: tuple[int, int], matches: Sequence[Match]) -> Shard:
         first, second = pair

@@ -44,3 +44,11 @@ def test_prompts_are_told_apart_by_their_preference_too():
     assert left_out["equal"] == 1
     assert said(left_out) == "left out 1 equal"
     assert said(Counter()) == "none left out"
+
+
+def test_responses_under_different_words_are_no_pair_though_neither_is_a_preference():
+    told = [
+        {**HEAD, "preference": "", "told": words, "response": text} for words in ("<a=1>", "<a=2>") for text in "xy"
+    ]
+    rows, _ = paired(told, "all")
+    assert [row["told"] for row in rows] == ["<a=1>", "<a=2>"]

@@ -21,6 +21,7 @@ class Answer:
     content: str | None = "Verdict: A"
     status: int = 200
     code: str = ""
+    error: Mapping[str, Any] | None = None  # instead of one with that code
     headers: Mapping[str, str] = field(default_factory=dict)
     raw: bytes | None = None  # instead of a chat completion
     cut: int = 0
@@ -37,7 +38,8 @@ class Answer:
         if self.raw is not None:
             return self.raw
         if self.status != 200:
-            return json.dumps({"error": {"message": f"no, {self.code}", "code": self.code, "type": "x"}}).encode()
+            error = self.error or {"message": f"no, {self.code}", "code": self.code, "type": "x"}
+            return json.dumps({"error": dict(error)}).encode()
         message = {"role": "assistant", "content": self.content}
         choice = {"index": 0, "message": message, "finish_reason": self.finish}
         said: dict[str, Any] = {

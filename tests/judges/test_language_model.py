@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections import Counter
+from dataclasses import replace
 from email.utils import formatdate
 from statistics import mean
 
@@ -168,7 +169,7 @@ def test_all_calls_wait_as_long_as_the_endpoint_says(judge_at):
     def busy_once(body, before):
         if next(calls) == 0:
             return Answer(status=429, headers={"retry-after": "0.4"})
-        return honest(body, before)
+        return replace(honest(body, before), delay=0.1)  # by then the refusal has been read, on a busy machine too
 
     with serving(busy_once) as server:
         judge_at(server, concurrency=2).compare(comparisons(3), "funny")
@@ -206,11 +207,27 @@ def test_what_waiting_does_not_mend_is_said_and_what_was_answered_is_kept(end, j
         assert len(server.bodies) == asked + 5  # 8 calls, of which 3 were answered before
 
 
-def test_a_text_that_the_endpoint_will_not_answer_is_left_out_and_not_asked_again(judge_at):
+UNANSWERED = {
+    "OpenAI": Answer(status=400, code="content_policy_violation"),
+    "vLLM": Answer(
+        status=400,
+        error={
+            "object": "error",
+            "message": "This model's maximum context length is 4096 tokens. However, you requested 6379 tokens.",
+            "type": "BadRequestError",
+            "code": 400,
+        },
+    ),
+    "llama.cpp": Answer(
+        status=500, error={"code": 500, "message": "the request is too large", "type": "exceed_context_size_error"}
+    ),
+}
+
+
+@pytest.mark.parametrize("endpoint", UNANSWERED)
+def test_a_text_that_the_endpoint_will_not_answer_is_left_out_and_not_asked_again(endpoint, judge_at):
     def squeamish(body, before):
-        if "text 1" in shown(body)[0]:
-            return Answer(status=400, code="content_policy_violation")
-        return honest(body, before)
+        return UNANSWERED[endpoint] if "text 1" in shown(body)[0] else honest(body, before)
 
     with serving(squeamish) as server:
         judge = judge_at(server)
@@ -243,7 +260,7 @@ def test_tokens_a_minute_are_capped_by_prompt_and_reply(judge_at):
 def test_the_spend_cap_stops_before_it_is_overspent_and_a_higher_one_goes_on(judge_at):
     # 100 tokens read at 10, 10 written at 100 dollars a million: 0.002 dollars a call
     with serving(honest) as server:
-        at_most = price_of(judge_at(server), {"funny": comparisons(1)}).dollars / 2
+        at_most = price_of(judge_at(server), [("funny", comparisons(1))]).dollars / 2
         judge = judge_at(server, spend_cap=0.02 + at_most)
         with pytest.raises(SpendCap, match=r"judge.spend_cap=.* raise the cap"):
             judge.compare(comparisons(20), "funny")
@@ -306,7 +323,7 @@ def test_a_dry_run_states_calls_tokens_and_dollars_and_asks_nothing(judge_at):
         judge_at(server).compare(comparisons(1), "funny")
         judge = judge_at(server, dry_run=True)
         with pytest.raises(DryRun):
-            announce(judge, {"funny": comparisons(10), "helpfulness": comparisons(2)}, said.append)
+            announce(judge, [("funny", comparisons(10)), ("helpfulness", comparisons(2))], said.append)
         with pytest.raises(DryRun, match="18 calls"):
             judge.compare(comparisons(10), "funny")
         assert len(server.bodies) == 2
@@ -318,6 +335,21 @@ def test_a_dry_run_states_calls_tokens_and_dollars_and_asks_nothing(judge_at):
     assert price.dollars == pytest.approx((10 * price.prompt_tokens + 100 * 18 * 50) / 1e6)
     assert said[0].startswith("judging 12 comparisons by funny, helpfulness: 22 calls (2 more are in the ledger)")
     assert "estimated by 4 characters a token" in said[0]
+
+
+def test_what_was_judged_piece_by_piece_is_priced_piece_by_piece(judge_at):
+    pieces = [("funny", comparisons(5)), ("funny", comparisons(12)[5:])]
+
+    def fluent(body, before):
+        said = [f"Pair {n} verdict: {longer(*pair)}" for n, pair in enumerate(shown(body), 1)]
+        return Answer(content="\n".join(said))
+
+    with serving(fluent) as server:
+        for criterion, each in pieces:
+            judge_at(server, pairs_per_call=4).compare(each, criterion)
+    left = price_of(judge_at(None, pairs_per_call=4), pieces)
+    assert (left.calls, left.known) == (0, len(server.bodies))
+    assert price_of(judge_at(None, pairs_per_call=4), [("funny", comparisons(12))]).calls > 0  # they are other calls
 
 
 def test_the_key_is_sent_and_stands_in_no_file(judge_at, tmp_path, monkeypatch):

@@ -22,6 +22,10 @@ CHOICE, SCORES = Rubric.read("preference"), Rubric.read("harmlessness")
         ("verdict: b", 0.0),
         ("**Verdict:** (B)\n", 0.0),
         ("## Verdict: tie.", 0.5),
+        ("Verdict: <B>", 0.0),  # as the form shows it
+        ('Verdict: "A".', 1.0),
+        ("`Verdict: `tie``", 0.5),
+        ("Verdict: <A, B or tie>", None),
         ("Verdict: A\nand once more\nVerdict: A", 1.0),
         ("Verdict: A\nVerdict: B", None),
         ("Verdict: A or B", None),
@@ -41,6 +45,7 @@ def test_a_choice_in_lines(text, first_wins):
     [
         ("Scores: 7 5", (7.0, 5.0)),
         ("Scores: 0, 10", (0.0, 10.0)),
+        ("Scores: <7> <5>", (7.0, 5.0)),
         ("Scores: A 7.5, B 8", (7.5, 8.0)),
         ("Scores: 7", None),
         ("Scores: 7/10 5/10", None),
