@@ -1,6 +1,6 @@
 """Who is compared: policies, which are sampled here, and generation tables, of which the responses are read."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -54,7 +54,8 @@ class Contestants:
             generation table, or a finished run that left one.
         names: of them; null takes them from the paths.
         splits: that are compared; null for all of the data set or of the tables.
-        prompts: of each split, drawn by id and seed, so the same ones of every contestant; null for all.
+        prompts: of each split, drawn by id and seed, so the same ones of every contestant; null for all. With
+            unmatched="drop" they are drawn from those that all contestants share.
         samples_per_prompt: responses to each that are compared; of a table that holds more, the first.
         unmatched: what becomes of responses to what others were not asked: "error", or "drop" and count.
         conditions: what policies are told beside each request. Tables hold what was told.
@@ -125,6 +126,7 @@ class Contestants:
             ValueError: a table is unfit, see `Generations`; a contestant lacks a column; or they do not match.
         """
         answers: dict[str, list[Answer]] = {}
+        shared = self._shared() if self.prompts is not None and self.unmatched == "drop" else {}
         for name, path in zip(self.names, self.policies, strict=True):
             sampled = None
             if not is_table(path):
@@ -134,9 +136,9 @@ class Contestants:
                         "scored it, or name a reward source instead"
                     )
                 sampled = run.directory / "generations" / f"{name}.parquet"
-                self._sample(run, name, path, sampled)
+                self._sample(run, name, path, sampled, shared)
             table = Generations.open(sampled if sampled else path)
-            answers[name] = list(self._read(table, name, columns, run.seed))
+            answers[name] = list(self._read(table, name, columns, run.seed, shared))
         matches, left_out = matched(answers, self.unmatched)
         for name, count in left_out.items():
             run.warn(
@@ -144,15 +146,44 @@ class Contestants:
             )
         return matches
 
-    def _chosen(self, ids: Sequence[str], seed: int) -> set[str]:
+    def _shared(self) -> dict[str, set[str]]:
+        """Split, its condition aside -> ids of the prompts that every contestant has there, where there are any."""
+        found: dict[str, list[set[str]]] = {}
+        for path in self.policies:
+            mine: dict[str, set[str]] = {}
+            if is_table(path):
+                table = Generations.open(path)
+                for split in self._splits_of(table):
+                    mine.setdefault(split.partition(":")[0], set()).update(each for each, _ in table.keys(split))
+            else:
+                asked = self._asked(self._template(path))
+                mine = {split: {prompt.id for prompt in each} for split, each in asked.items()}
+            for split, ids in mine.items():
+                found.setdefault(split, []).append(ids)
+        everywhere = {s: set.intersection(*each) for s, each in found.items() if len(each) == len(self.policies)}
+        return {split: ids for split, ids in everywhere.items() if ids}
+
+    def _template(self, path: str) -> Template:
+        tokens = [*self.model.new_tokens, *self.conditions.new_tokens]
+        return Template(load_tokenizer(path, tokens), self.dataset.template_style)
+
+    def _asked(self, template: Template) -> dict[str, list[Prompt]]:
+        """split -> all prompts that a policy may be asked."""
+        splits = self.dataset.splits if self.splits is None else tuple(self.splits)
+        return {split: self.dataset.prompts(split, template) for split in splits}
+
+    def _chosen(self, ids: Collection[str], split: str, seed: int, shared: Mapping[str, set[str]]) -> set[str]:
         """The prompts that are compared, of those that there are: whichever these ids hash to, so a table's too."""
-        ordered = sorted(set(ids), key=lambda each: derive(seed, "contestants", each))
+        within = set(ids) & shared.get(split.partition(":")[0], set(ids))
+        ordered = sorted(within, key=lambda each: derive(seed, "contestants", each))
         return set(ordered if self.prompts is None else ordered[: self.prompts])
 
-    def _read(self, table: Generations, name: str, columns: Sequence[str], seed: int) -> Iterator[Answer]:
+    def _read(
+        self, table: Generations, name: str, columns: Sequence[str], seed: int, shared: Mapping[str, set[str]]
+    ) -> Iterator[Answer]:
         wanted = ["prompt_id", "prompt", "condition", "sample", "response", *columns]
         for split in self._splits_of(table):
-            chosen = self._chosen([prompt_id for prompt_id, _ in table.keys(split)], seed)
+            chosen = self._chosen([prompt_id for prompt_id, _ in table.keys(split)], split, seed, shared)
             counts: dict[tuple[str, str], int] = {}
             for row in table.rows(split, wanted):
                 if row["prompt_id"] not in chosen or row["sample"] >= self.samples_per_prompt:
@@ -170,23 +201,21 @@ class Contestants:
                     f"responses to {len(short)} of {len(counts)} prompts of {split}, first {short[0][0]}; ask for fewer"
                 )
 
-    def _sample(self, run: Run, name: str, path: str, place: Path) -> None:
+    def _sample(self, run: Run, name: str, path: str, place: Path, shared: Mapping[str, set[str]]) -> None:
         """Sample a policy, as the table `place`; with equal random numbers for each of them."""
         device = self.hardware.start()
-        new_tokens = [*self.model.new_tokens, *self.conditions.new_tokens]
-        template = Template(load_tokenizer(path, new_tokens), self.dataset.template_style)
+        template = self._template(path)
         self.conditions.check(template)
-        splits = self.dataset.splits if self.splits is None else tuple(self.splits)
-        asked = {split: self.dataset.prompts(split, template) for split in splits}
+        asked = self._asked(template)
         for note in self.dataset.notes:
             run.warn(0, f"{name}: {note}")
-        chosen = {split: self._chosen([prompt.id for prompt in each], run.seed) for split, each in asked.items()}
+        chosen = {s: self._chosen([prompt.id for prompt in each], s, run.seed, shared) for s, each in asked.items()}
         policy = load_frozen(
             path,
             device=device,
             dtype=LEARNT,
             seed=derive(run.seed, "initial weights"),
-            new_tokens=new_token_ids(template.tokenizer, new_tokens),
+            new_tokens=new_token_ids(template.tokenizer, [*self.model.new_tokens, *self.conditions.new_tokens]),
         )
         engine = Generator(policy, template, self.sampling)
         kept = {split: [prompt for prompt in each if prompt.id in chosen[split]] for split, each in asked.items()}

@@ -10,8 +10,9 @@ from rlhf_lab.data import generations
 from rlhf_lab.data.conditions import NoConditions
 from rlhf_lab.data.generations import Generations
 from rlhf_lab.data.tables import read_table
+from rlhf_lab.data.templates import Template
 from rlhf_lab.engine.generate import Sampling
-from rlhf_lab.engine.models import Hardware, ModelPaths
+from rlhf_lab.engine.models import Hardware, ModelPaths, load_tokenizer
 from rlhf_lab.records import Prompt, Verdict
 from rlhf_lab.run import Run
 from rlhf_lab.stages.arena import Arena
@@ -190,6 +191,18 @@ def test_as_many_prompts_as_asked_for_the_same_of_everybody(contestants, table, 
     _, found = run_stage(arena(contestants(table("one", texts), table("two", turned), prompts=7)), "run")
     assert found["arena/test/prompts"] == 7
     assert found["arena/test/win_rate/mean"] == 0.5
+
+
+def test_prompts_are_drawn_from_those_that_all_share(contestants, table, run_stage, world):
+    dataset = world(train_size=4, eval_splits=["test"], eval_size=40)
+    template = Template(load_tokenizer("embedded:tiny"), dataset.template_style)
+    some = {prompt.request: ["yes"] for prompt in dataset.prompts("test", template)[::4]}
+    assert len(some) == 10
+    changes = {"prompts": 5, "unmatched": "drop", "dataset": dataset, "names": ["policy", "table"]}
+    both = contestants("embedded:tiny", table("some", some | {"another": ["no"]}), **changes)
+    directory, found = run_stage(arena(both, reward="gold/helpfulness", cost="gold/cost"), "run")
+    assert found["arena/test/prompts"] == 5
+    assert Generations.open(directory / "generations/policy.parquet").num_rows == 5  # and no other is sampled
 
 
 def test_win_rates_by_criterion_and_combination(contestants, table, run_stage):
