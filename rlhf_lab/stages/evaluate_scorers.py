@@ -123,7 +123,7 @@ class EvaluateScorers:
         return metrics
 
     def _check_columns(self, split: str, rows: Rows) -> None:
-        """Every column that a yardstick names is there.
+        """Every column that a yardstick names is there, and its labels are 0 or 1, true or false.
 
         Raises:
             ValueError: one is not.
@@ -142,6 +142,12 @@ class EvaluateScorers:
                         raise ValueError(
                             f"{self.dataset.path} ({split}) has the columns {sorted(rows[0])}, but "
                             f"stage.yardsticks.{name}.{key} needs {column!r}; name the column that it is, or null"
+                        )
+                    if key in ("preferred", "safe") and (odd := [r for r in rows if r[column] not in (0, 1)]):
+                        raise ValueError(
+                            f"{self.dataset.path} ({split}): {column}, stage.yardsticks.{name}.{key}, is "
+                            f"{odd[0][column]!r} in row {rows.index(odd[0])}, and neither 0 nor 1 in {len(odd)} of "
+                            f"{len(rows)}; name a column of labels, or mend these rows"
                         )
 
     def _shard(
@@ -184,7 +190,7 @@ class EvaluateScorers:
         if sides[0] == "_chosen":
             first = torch.zeros(len(rows), dtype=torch.int64)
         elif yardstick.preferred is not None:
-            first = torch.tensor([int(row[yardstick.preferred]) for row in rows])
+            first = _column(rows, yardstick.preferred).long()
         else:
             assert gold is not None  # a yardstick has one of the two
             ahead = (gold[:, 1] - gold[:, 0]) * (-1 if is_cost else 1)
@@ -258,9 +264,10 @@ def _column(rows: Rows, name: str) -> Tensor:
         ValueError: a value is missing or not finite.
     """
     values = [row[name] for row in rows]
-    broken = [i for i, value in enumerate(values) if value is None or value != value]
-    if broken:
-        raise ValueError(f"column {name}, row {broken[0]}: {values[broken[0]]!r}; expected a number")
+    told = ((i, each) for i, value in enumerate(values) for each in (value if isinstance(value, list) else [value]))
+    for i, each in told:
+        if each is None or not math.isfinite(each):
+            raise ValueError(f"column {name}, row {i}: {values[i]!r}; expected a finite number")
     return torch.tensor(values, dtype=torch.float64)
 
 

@@ -140,6 +140,25 @@ def test_what_was_scored_is_not_scored_again(evaluated):
     assert first == second
 
 
+def test_labels_that_are_none_are_refused_before_anything_is_scored(evaluated):
+    source = Words()
+    with pytest.raises(ValueError, match=r"gold_0.*safe, is 2\.0 in row 2, and neither 0 nor 1 in 1 of 3"):
+        evaluated(source, preferred="better", safe="gold")
+    with pytest.raises(ValueError, match=r"gold_0.*preferred, is 2\.0 in row 2"):
+        evaluated(source, preferred="gold_0")
+    assert not source.asked
+
+
+def test_a_score_that_is_no_number_is_refused(evaluated):
+    class Broken(Words):
+        def score(self, rollout):
+            score = super().score(rollout)
+            return Score(value=score.value / 0, members=score.members)
+
+    with pytest.raises(ValueError, match="score_words_0, row 0: inf; expected a finite number"):
+        evaluated(Broken(), preferred="better")
+
+
 def test_a_column_that_is_not_there_and_a_source_without_a_yardstick_are_refused(evaluated):
     with pytest.raises(ValueError, match=r"yardsticks\.words\.gold needs 'truth_0'"):
         evaluated(Words(), preferred="better", gold="truth")
