@@ -42,23 +42,29 @@ class Trail:
     values: Array
 
 
-def finished_runs(paths: Sequence[str]) -> list[Path]:
+def finished_runs(paths: Sequence[str]) -> tuple[list[Path], list[Path]]:
     """The finished runs at these paths: of a run, of what it left, or of a folder of runs such as a sweep's.
+
+    Returns:
+        Each once, whichever way it is named; and those there that have not finished.
 
     Raises:
         ValueError: there is none at one of them.
     """
     found: dict[Path, None] = {}
+    unfinished: dict[Path, None] = {}
     for path in paths:
-        place = Path(path).expanduser().absolute()
+        place = Path(path).expanduser().resolve()
         above = [folder for folder in (place, place.parent) if (folder / "metrics.jsonl").is_file()]
         below = sorted(file.parent for file in place.rglob("metrics.jsonl")) if place.is_dir() else []
-        finished = [folder for folder in (above[:1] or below) if is_finished(folder)]
+        there = above[:1] or below
+        finished = [folder for folder in there if is_finished(folder)]
         if not finished:
-            there = "none of its runs has finished" if above or below else "there is no run"
-            raise ValueError(f"stage.runs names {path}, but {there}; name finished runs, or a folder that holds some")
+            said = "none of its runs has finished" if there else "there is no run"
+            raise ValueError(f"stage.runs names {path}, but {said}; name finished runs, or a folder that holds some")
         found |= dict.fromkeys(finished)
-    return list(found)
+        unfinished |= dict.fromkeys(folder for folder in there if folder not in found)
+    return list(found), list(unfinished)
 
 
 def read_trail(run: Path, split: str, gold: str, reward: str, kl: Estimate, group_by: Sequence[str]) -> Trail:

@@ -37,7 +37,8 @@ class OverOptimisation:
     `overoptimisation/best_of_n/<selector>/{gold,proxy}/mean`.
 
     Args:
-        runs: finished runs, or folders of them, as a sweep's; lists of these may be entries too.
+        runs: finished runs, or folders of them, as a sweep's; lists of these may be entries too. In a folder, runs
+            that have not finished are left out and named.
         group_by: settings, as they were typed, in which groups differ: [reward], [reward, algorithm.kl_coef]; null for
             all that were typed differently. Runs of a group differ by their seeds alone.
         split: of the held-out prompts; `gold` and `reward` are the scores that are read.
@@ -85,6 +86,9 @@ class OverOptimisation:
         run.resume()  # there are no checkpoints: it takes seconds
         grid, found = equally_far(groups, self.points)
         rows = compared(grid, found, baseline)
+        if unfinished := finished_runs(self.runs)[1]:
+            names = ", ".join(folder.name for folder in unfinished)
+            run.warn(0, f"{len(unfinished)} runs have not finished, and are left out: {names}")
         if lone := [name for name, seeds in groups.items() if len(seeds) < 2]:
             run.warn(0, f"{', '.join(lone)}: one seed, which has no interval over seeds")
         trails = [row for seeds in groups.values() for trail in seeds.values() for row in _told(trail)]
@@ -113,7 +117,7 @@ class OverOptimisation:
         return run.last
 
     def _groups(self) -> dict[str, dict[tuple[int, int], Trail]]:
-        runs = finished_runs(self.runs)
+        runs, _ = finished_runs(self.runs)
         group_by = typed_differently(runs) if self.group_by is None else self.group_by
         trails = [read_trail(run, self.split, self.gold, self.reward, self.kl, group_by) for run in runs]
         groups = grouped(trails)

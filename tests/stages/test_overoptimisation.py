@@ -139,3 +139,12 @@ def test_refusals(compare, study):
     (study / "runs/uwo_0/status.json").write_text(json.dumps({"state": "stopped"}))
     with pytest.raises(ValueError, match="none of its runs has finished"):
         compare(runs=[str(study / "runs/uwo_0")])
+
+
+def test_runs_of_a_folder_that_have_not_finished_are_named_and_a_run_counts_once(compare, study):
+    (study / "runs/uwo_0/status.json").write_text(json.dumps({"state": "stopped"}))
+    (study / "link").symlink_to(study / "runs/single_1")
+    rows, directory = compare(runs=[str(study / "runs"), str(study / "runs/../runs"), str(study / "link")])
+    assert {(group, row["seeds"]) for (group, _, _), row in rows.items()} == {("single", "3"), ("uwo", "2")}
+    said = (directory / "warnings.jsonl").read_text()
+    assert "1 runs have not finished, and are left out: uwo_0" in said
