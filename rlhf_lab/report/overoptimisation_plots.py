@@ -39,7 +39,7 @@ def at_equal_kl(run: Run) -> list[Panel]:
     ]
     panels += _framed(panel(run, "Gold of every reward", "gain since the start", every, DISTANCE))
     over = [
-        _line(run, f"{group}/over_baseline", f"{group} less the baseline", look, "band", marker)
+        _line(run, f"{group}/over_baseline", group, look, "band", marker)
         for group, look, marker in zip(groups, ANY * len(groups), MARKERS * len(groups), strict=False)
         if run.series(f"{PLACE}/{group}/over_baseline/mean").exists
     ]
