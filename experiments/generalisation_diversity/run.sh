@@ -23,7 +23,8 @@ for seed in $seeds; do
   run generalisation stage=generalisation "+stage.policies.sft=$(of evaluate_sft)" \
     "+stage.policies.ppo=$(of evaluate_ppo)"
   # of the eight responses to each prompt, and across prompts; at equal length, and of the best of four, too
-  run diversity stage=diversity stage.sentence_model=embedded:minilm "stage.splits=[test,ood_items]" \
+  run diversity stage=diversity stage.sentence_model=embedded:minilm stage.best_of.by=score_helpful \
+    "stage.splits=[test,ood_items]" \
     "stage.generations={sft: $(of evaluate_sft), ppo: $(of evaluate_ppo)}"
 done
 echo "pages: $runs/generalisation_diversity/{generalisation,best_of_n,diversity}_s${seeds%% *}/report.html"
