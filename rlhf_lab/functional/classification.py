@@ -111,7 +111,7 @@ def wilson(rate: float, n: float) -> tuple[float, float]:
     z = float(scipy.stats.norm.ppf(0.975))
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     reach = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return max(0.0, centre - reach), min(1.0, centre + reach)
+    return max(0.0, min(rate, centre - reach)), min(1.0, max(rate, centre + reach))  # 0 and 1 are their own ends
 
 
 def effective_size(outcome: Tensor, cluster: Tensor) -> float:

@@ -86,6 +86,10 @@ def test_wilson_is_scipys(successes, n):
     assert wilson(successes / n, n) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
 
 
+def test_none_and_all_lie_in_their_intervals_in_spite_of_rounding():
+    assert all(wilson(0.0, n)[0] == 0 and wilson(1.0, n)[1] == 1 for n in range(1, 100))
+
+
 def test_effective_size_is_the_number_of_prompts_if_answers_to_one_agree_and_of_answers_if_independent():
     per_prompt = (torch.rand(400, generator=DRAW) < 0.7).double()
     cluster = torch.arange(400).repeat_interleave(5)
