@@ -17,6 +17,7 @@ from rlhf_lab.data.tables import read_table, write_table
 from rlhf_lab.data.templates import Template
 from rlhf_lab.engine.generate import Sampling
 from rlhf_lab.engine.models import Hardware, ModelPaths, load_tokenizer
+from rlhf_lab.judges.price import Price
 from rlhf_lab.records import Verdict
 from rlhf_lab.report.run import read_run
 from rlhf_lab.report.verdict_plots import verdicts
@@ -236,6 +237,26 @@ def test_measures_of_a_judge_that_always_prefers_what_it_sees_first():
 def test_refuses_before_anything_is_loaded(pairs, changes, message):
     with pytest.raises(ValueError, match=message):
         judging(pairs, Longer(), **changes).check()
+
+
+def test_what_is_priced_beforehand_is_what_is_asked_piece_by_piece(pairs, ran):
+    class Priced(Longer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.priced, self.judged = list[Any](), list[Any]()
+
+        def price(self, comparisons, criterion) -> Price:
+            self.priced.append((criterion, comparisons))
+            return Price()
+
+        def compare(self, comparisons, criterion) -> list[Verdict]:
+            self.judged.append((criterion, comparisons))
+            return super().compare(comparisons, criterion)
+
+    judge = Priced()
+    ran(judging(pairs, judge), "priced")
+    assert judge.priced == judge.judged
+    assert len(judge.priced) > 4  # not one for each preference
 
 
 def test_a_pair_that_does_not_say_its_preference_is_refused(tmp_path, ran):
