@@ -154,6 +154,7 @@ class Mixture:
                     "add the words with model.new_tokens, or use words that it knows"
                 )
             pools[name] = self._records(name, reads, split, template)
+        there = sum(map(len, pools.values()))
         if training and self.on_overlap != "keep":
             pools = {name: self._apart(name, pool, reads, template) for name, pool in pools.items()}
         sizes = {name: len(pool) for name, pool in pools.items()}
@@ -161,7 +162,7 @@ class Mixture:
         mixed: list[Record] = []
         for name, pool in pools.items():
             mixed += self._drawn(pool, wanted[name], split, name)
-        self._count(split, reads, sizes, wanted, mixed)
+        self._count(split, reads, there, sizes, wanted, mixed)
         return mixed
 
     def _records(self, name: str, reads: str, split: str, template: Template) -> list[Record]:
@@ -226,14 +227,22 @@ class Mixture:
         return [pool[i] for i in order * copies + order[:rest]]
 
     def _count(
-        self, split: str, reads: str, sizes: Mapping[str, int], wanted: Mapping[str, int], mixed: Sequence[Record]
+        self,
+        split: str,
+        reads: str,
+        there: int,
+        sizes: Mapping[str, int],
+        wanted: Mapping[str, int],
+        mixed: Sequence[Record],
     ) -> None:
         left = {f"rows of {name} not drawn": sizes[name] - wanted[name] for name in sizes if sizes[name] > wanted[name]}
+        if shared := there - sum(sizes.values()):
+            left = {"a prompt that another part holds out": shared, **left}
         self.counted.add(
             split,
             SplitStatistics(
                 reads=reads,
-                total=sum(sizes.values()),
+                total=there,
                 dropped=left,
                 kept=len(mixed),
                 prompts=len({id for record in mixed for id in prompt_ids(record)}),

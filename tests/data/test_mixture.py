@@ -226,6 +226,9 @@ def test_prompts_of_one_part_that_another_holds_out_are_refused_or_left_out(tmp_
     dropped = Mixture(parts, None, None, seed=0, on_overlap="drop")
     assert len(dropped.prompts("train", TEMPLATE)) == 8
     assert any("2 prompts" in note and "left out" in note for note in dropped.notes)
+    (counted,) = dropped.counted.as_json()
+    assert (counted["total"], counted["kept"]) == (10, 8)
+    assert counted["dropped"] == {"a prompt that another part holds out": 2}
     assert len(Mixture(parts, None, None, seed=0, on_overlap="keep").prompts("train", TEMPLATE)) == 10
 
 
