@@ -12,6 +12,7 @@ COLOURS = ("blue", "amber", "teal", "purple", "rust", "slate")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 SAFETY, OUTCOMES = ("safe", "unsafe"), ("better", "tie", "worse")
 WINS = re.compile(r"win_rate/([^/]+)/([^/]+)/([^/]+)/([^/]+)/mean")
+SPLITS = 4  # that are drawn; all are in the table
 POINTS = re.compile(r"rating/([^/]+)/([^/]+)/([^/]+)/mean")
 AGREEMENT = re.compile(r"(judge_agreement|agreement)/([^/]+)/([^/]+)/mean")
 ALIKE = {
@@ -140,7 +141,7 @@ def win_rates(run: Run) -> list[Panel]:
     logged = _last(run)
     found = [match.groups() for name in logged if (match := WINS.fullmatch(name))]
     panels = []
-    for split in list(dict.fromkeys(each[0] for each in found))[:2]:
+    for split in list(dict.fromkeys(each[0] for each in found))[:SPLITS]:
         here = [each for each in found if each[0] == split]
         names = list(dict.fromkeys(name for _, _, *both in here for name in both))
         criteria = list(dict.fromkeys(criterion for _, criterion, *_ in here))
@@ -203,7 +204,7 @@ def contest_ratings(run: Run) -> list[Panel]:
     logged = _last(run)
     found = [match.groups() for name in logged if (match := POINTS.fullmatch(name))]
     panels = []
-    for split in list(dict.fromkeys(each[0] for each in found))[:2]:
+    for split in list(dict.fromkeys(each[0] for each in found))[:SPLITS]:
         here = [each for each in found if each[0] == split]
         names = list(dict.fromkeys(name for _, _, name in here))
         criteria = list(dict.fromkeys(criterion for _, criterion, _ in here))

@@ -193,7 +193,10 @@ def draw(axes: Axes, content: Panel, theme: Theme) -> None:
         axes.set_xticks(places, names)
     if content.y_ticks:
         places, names = zip(*content.y_ticks, strict=True)
-        axes.set_yticks(places, names, rotation=90, va="center")  # along the cells: the margin is narrow
+        if len(names) < 4:
+            axes.set_yticks(places, names, rotation=90, va="center")  # along the cells: the margin is narrow
+        else:
+            axes.set_yticks(places, names, fontsize=6.5)  # cells too low for that
     if content.x_range is not None:
         axes.set_xlim(*content.x_range)
     if content.y_range is not None:
