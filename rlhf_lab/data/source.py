@@ -117,7 +117,11 @@ class Source:
         if wanted[0] == only:
             return tables
         column = self._hashed(table)
-        kept, held = hold_out(table.rows, column, self.hold_out)
+        rows = table.rows
+        if self.duplicates != "exact":  # prompts that are the same stay together
+            keys = self.columns.keys(table, self.duplicates)
+            rows = [{column: key[0] if key else ""} for key in keys]
+        kept, held = hold_out(rows, column, self.hold_out)
         if not held:
             self.notes.append(f"{self.path} has one split and one {column}: nothing is held out")
             return tables

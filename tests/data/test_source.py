@@ -173,3 +173,11 @@ def test_a_column_that_some_rows_alone_lack_is_there_and_their_cells_are_empty(t
     data = written(tmp_path, {"train": rows}, bad_rows="drop")
     assert len(data.preferences("train", TEMPLATE)) == 3
     assert any("1 with an empty response (first: row 0)" in note for note in data.notes)
+
+
+def test_prompts_that_are_the_same_but_for_case_are_held_out_together(tmp_path):
+    rows = [{**each, **PAIR} for each in (*numbered(40), *numbered(40, "PROMPT "))]
+    data = written(
+        tmp_path, {"train": rows}, hold_out=0.3, duplicates="normalised", on_overlap="error", bad_rows="drop"
+    )
+    assert 0 < len(data.prompts("test", TEMPLATE)) < 40
