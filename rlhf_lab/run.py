@@ -43,7 +43,7 @@ STOP = "stop"  # a file of this name in a run's directory asks it to stop
 SUBMISSION = "submission"  # a folder of those who started the run
 PREAMBLE = {
     *(".lock", "config.yaml", "overrides.yaml", "environment.json", "status.json", "error.txt", "warnings.jsonl"),
-    *("tracker.json", "wandb", STOP, SUBMISSION, ".job.json"),
+    *("tracker.json", "wandb", "data.json", STOP, SUBMISSION, ".job.json"),
 }
 
 

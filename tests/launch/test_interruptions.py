@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pyarrow import parquet
 
 from rlhf_lab import stopping
 from rlhf_lab.launch.compose import ROOT, Plan
@@ -63,10 +64,16 @@ def metrics(run: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
 
 
-def left_behind(run: Path) -> dict[str, bytes]:
-    """Everything that a run measured or made."""
+def left_behind(run: Path) -> dict[str, object]:
+    """Everything that a run measured or made, but for its own name in tables."""
     found = [path for kind in ("samples", "data", "policy", "scorer") for path in (run / kind).rglob("*")]
-    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(found) if path.is_file()}
+    return {str(path.relative_to(run)): content(path) for path in sorted(found) if path.is_file()}
+
+
+def content(path: Path) -> object:
+    if path.suffix != ".parquet" or "run" not in parquet.read_schema(path).names:
+        return path.read_bytes()
+    return parquet.read_table(path).drop_columns("run").to_pylist()
 
 
 def status(run: Path) -> dict:
