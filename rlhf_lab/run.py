@@ -38,7 +38,10 @@ from rlhf_lab.stopping import Stopped
 from rlhf_lab.types import Metrics
 
 # settings that change nothing that a run measures
-INCIDENTAL = ("tracker", "artifacts", "keep_checkpoints", "hardware.threads", "stage.hardware.threads")
+INCIDENTAL = (
+    *("tracker", "artifacts", "keep_checkpoints", "hardware.threads", "stage.hardware.threads"),
+    *("judge.dry_run", "stage.judge.dry_run"),
+)
 STOP = "stop"  # a file of this name in a run's directory asks it to stop
 SUBMISSION = "submission"  # a folder of those who started the run
 PREAMBLE = {
@@ -264,6 +267,11 @@ class Run:
             self._status.write_last("failed", error=redact(first_line(error)))
             with contextlib.suppress(OSError):
                 write_atomically(self.directory / "error.txt", redact("".join(traceback.format_exception(error))))
+
+    def leave(self, reason: str) -> None:
+        """End without a result, as was wished; what is there is gone on with."""
+        if ranks.is_first():
+            self._status.write_last("stopped", reason=reason)
 
     def withdraw(self) -> None:
         """Remove a directory in which nothing was measured or made, so that the mended command finds its name free.

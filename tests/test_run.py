@@ -57,6 +57,15 @@ def test_another_configuration_is_refused_with_the_difference_and_changes_nothin
     open_run(tmp_path).close()  # the first one still may
 
 
+def test_a_run_that_was_to_say_its_price_alone_is_stopped_and_the_asking_one_goes_on_with_it(tmp_path):
+    with contextlib.closing(open_run(tmp_path, judge={"dry_run": True})) as run:
+        run.leave("18 calls")
+    assert (status(tmp_path)["state"], status(tmp_path)["reason"]) == ("stopped", "18 calls")
+    open_run(tmp_path, judge={"dry_run": False}).close()
+    with pytest.raises(RunRefused, match=r"judge\.tries"):
+        open_run(tmp_path, judge={"dry_run": False, "tries": 2})
+
+
 def test_a_directory_belongs_to_one_process_at_a_time(tmp_path):
     code = "import sys; sys.path.insert(0, sys.argv[2]); from tests_open import hold; hold(sys.argv[1])"  # see below
     helper = tmp_path / "tests_open.py"

@@ -1,5 +1,6 @@
 """What it would take to have comparisons judged, before anything is paid."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -39,9 +40,10 @@ class Price:
     def __str__(self) -> str:
         if not self.calls:
             return f"no calls, {self.known} replies are in the ledger" if self.known else "no calls, no cost"
+        cents = math.ceil(100 * self.dollars)
         return (
             f"{self.calls} calls ({self.known} more are in the ledger), about {self.prompt_tokens:,.0f} tokens to read "
-            f"({self.counted_by}) and at most {self.reply_tokens:,.0f} to write, at most {self.dollars:.2f} dollars"
+            f"({self.counted_by}) and at most {self.reply_tokens:,.0f} to write, at most {cents / 100:.2f} dollars"
         )
 
 
@@ -57,8 +59,8 @@ def price_of(judge: Judge, asked: Asked) -> Price:
     return sum((price(comparisons, criterion) for criterion, comparisons in asked), Price())
 
 
-class DryRun(ValueError):
-    """Nothing was asked, as was wished; the message is the price."""
+class DryRun(Exception):
+    """Nothing was asked, as was wished, and no mistake was made; the message is the price."""
 
 
 def announce(judge: Judge, asked: Asked, say: Callable[[str], None]) -> None:
@@ -70,9 +72,9 @@ def announce(judge: Judge, asked: Asked, say: Callable[[str], None]) -> None:
     price = price_of(judge, asked)
     count = sum(len(comparisons) for _, comparisons in asked)
     said = f"judging {count} comparisons by {', '.join(sorted({criterion for criterion, _ in asked}))}: {price}"
-    say(said)
     if getattr(judge, "dry_run", False):
         raise DryRun(f"{said}; judge.dry_run=true, so nothing was asked. Leave it out to have them judged")
+    say(said)
 
 
 def account(judge: Judge, say: Callable[[str], None]) -> None:

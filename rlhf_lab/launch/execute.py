@@ -20,6 +20,7 @@ from rlhf_lab.engine import ranks
 from rlhf_lab.engine.checkpoint import remove
 from rlhf_lab.environment import input_hashes
 from rlhf_lab.interfaces import Tracker
+from rlhf_lab.judges.price import DryRun
 from rlhf_lab.launch.check import BadConfig
 from rlhf_lab.launch.compose import ROOT, Plan, in_order
 from rlhf_lab.run import Run, RunRefused, difference, is_finished, leftovers, sweep_up
@@ -164,7 +165,7 @@ def _prepare(plan: Plan, console: Console) -> None:
 
 
 def carry_out(plan: Plan, console: Console) -> Metrics:
-    """One run from its frozen configuration to its report.
+    """One run from its frozen configuration to its report; {} for one that was to say its price alone.
 
     Raises:
         ValueError: a mistake that only the data or the weights could show.
@@ -201,6 +202,10 @@ def carry_out(plan: Plan, console: Console) -> Metrics:
             console.say(f"run {directory}")
             try:
                 metrics = stage.run(run)
+            except DryRun as price:
+                console.say(str(price))
+                run.leave(str(price))
+                return {}
             finally:
                 note_data(run, stage)
             run.finish(metrics)

@@ -322,7 +322,7 @@ def test_a_dry_run_states_calls_tokens_and_dollars_and_asks_nothing(judge_at):
     with serving(honest) as server:
         judge_at(server).compare(comparisons(1), "funny")
         judge = judge_at(server, dry_run=True)
-        with pytest.raises(DryRun):
+        with pytest.raises(DryRun) as told:
             announce(judge, [("funny", comparisons(10)), ("helpfulness", comparisons(2))], said.append)
         with pytest.raises(DryRun, match="18 calls"):
             judge.compare(comparisons(10), "funny")
@@ -333,8 +333,11 @@ def test_a_dry_run_states_calls_tokens_and_dollars_and_asks_nothing(judge_at):
     characters = sum(len(m["content"]) for body in server.bodies[2:] for m in body["messages"])
     assert price.prompt_tokens == pytest.approx(characters / 4 + 4 * 2 * 18)  # two messages of 4 tokens beside the text
     assert price.dollars == pytest.approx((10 * price.prompt_tokens + 100 * 18 * 50) / 1e6)
-    assert said[0].startswith("judging 12 comparisons by funny, helpfulness: 22 calls (2 more are in the ledger)")
-    assert "estimated by 4 characters a token" in said[0]
+    assert said == []  # what ends the run says it
+    assert str(told.value).startswith(
+        "judging 12 comparisons by funny, helpfulness: 22 calls (2 more are in the ledger)"
+    )
+    assert "estimated by 4 characters a token" in str(told.value)
 
 
 def test_what_was_judged_piece_by_piece_is_priced_piece_by_piece(judge_at):
