@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from pyarrow import parquet
 
 from rlhf_lab.report.run import read_run
 
 # written again and again, or about the process that ran; compared by what they mean
 LIVING = ("status.json", "environment.json", "metrics.jsonl", "warnings.jsonl", "report.html", "error.txt")
+REPLACED = ("generations.parquet",)  # by that of a later evaluation; until then whole, at the end equal
 FOLDERS = ("policy", "scorer", "data", "reference", "shards")  # take their names whole
 LOCKS = (".lock", ".build")
 
@@ -66,6 +68,8 @@ def faults(runs: Path, reference: Path) -> Iterator[str]:
             continue
         elif name.suffix == ".png":
             Image.open(path).load()
+        elif name.name in REPLACED and state(path.parent).get("state") != "finished":
+            parquet.read_table(path)
         elif name.name not in LIVING and path.read_bytes() != (reference / name).read_bytes():
             yield f"{name} differs from that of an undisturbed run"
     for name in run_folders(runs):
