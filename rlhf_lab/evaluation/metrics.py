@@ -2,19 +2,17 @@
 
 from collections.abc import Mapping
 
-import scipy
 import torch
 from torch import Tensor
 
 from rlhf_lab.functional.kl import kl_estimate
+from rlhf_lab.functional.resampling import mean_interval
 from rlhf_lab.types import Metrics, Score, ScoredRollout
 
 
 def half_width(values: Tensor) -> float:
     """Half the width of the 95 % Student-t interval of a mean of independent values; infinite for one value."""
-    if len(values) < 2:
-        return float("inf")
-    return float(scipy.stats.t.ppf(0.975, len(values) - 1)) * values.double().std().item() / len(values) ** 0.5
+    return mean_interval(values)[1]
 
 
 def score_metrics(scores: Mapping[str, Score], limits: Mapping[str, float]) -> Metrics:

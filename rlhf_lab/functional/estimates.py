@@ -4,11 +4,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import scipy
 import torch
 from torch import Tensor
 
 from rlhf_lab.functional.classification import effective_size, wilson
+from rlhf_lab.functional.resampling import mean_interval
 from rlhf_lab.types import Metrics
 
 
@@ -37,11 +37,7 @@ def mean(values: Tensor, cluster: Tensor) -> Estimate:
         values: (N,).
         cluster: (N,) int64; equal values are one cluster.
     """
-    means = cluster_means(values, cluster)
-    value = means.mean().item()
-    if len(means) < 2:
-        return Estimate(value=value, low=-math.inf, high=math.inf)
-    reach = float(scipy.stats.t.ppf(0.975, len(means) - 1)) * means.std().item() / len(means) ** 0.5
+    value, reach = mean_interval(cluster_means(values, cluster))
     return Estimate(value=value, low=value - reach, high=value + reach)
 
 
