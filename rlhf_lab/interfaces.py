@@ -213,7 +213,13 @@ class Conditions(Protocol):
 class RolloutEngine(Protocol):
     """Samples from a policy."""
 
-    def generate(self, prompts: PromptBatch, samples: int, seed: int) -> Rollout: ...
+    def sync(self) -> None:
+        """Take over the weights that the policy has now; what is generated before is of older ones."""
+        ...
+
+    def generate(self, prompts: PromptBatch, samples: int, seed: int) -> Rollout:
+        """`samples` responses to each prompt; responses to one prompt are neighbours."""
+        ...
 
 
 class RewardSource(Protocol):

@@ -153,7 +153,15 @@ class Template:
 
     def text(self, tokens: list[int]) -> str:
         """What a person reads of response tokens."""
-        return cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+        return self.texts([tokens])[0]
+
+    def texts(self, rows: Sequence[list[int]]) -> list[str]:
+        """`text` of each."""
+        return [text.strip() for text in self.raw_texts(rows)]
+
+    def raw_texts(self, rows: Sequence[list[int]]) -> list[str]:
+        """What the tokens of each row spell, with the space around it."""
+        return cast(list[str], self.tokenizer.batch_decode(list(rows), skip_special_tokens=True)) if rows else []
 
     def writes_like(self, other: "Template") -> bool:
         """Whether both turn the same conversation into the same tokens."""

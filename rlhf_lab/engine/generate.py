@@ -1,26 +1,30 @@
 """Sampling from a policy: prompts are read once and shared by their samples, finished responses leave the batch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import join, positions
 from rlhf_lab.engine import ranks
-from rlhf_lab.types import Count, Fraction, NonNegative, NonNegativeCount, PromptBatch, Rollout, batches
+from rlhf_lab.engine.cache import GrowingCache, InPlaceCache, is_plain
+from rlhf_lab.functional.sampled import draw, penalised, restricted
+from rlhf_lab.types import Count, Fraction, NonNegative, NonNegativeCount, Positive, PromptBatch, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-COMPACT_BELOW = 0.75  # share of rows still alive at which the cache is worth copying
+REFILL_AT = 0.25  # share of the batch that must be free before waiting prompts are read, which takes a step of its own
+LOOK_EVERY = 8  # steps between two questions to a GPU which rows have ended: it waits for the answer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How responses are drawn."""
+    """How responses are drawn; in this order: repetition penalty, least length, temperature, top k, top p."""
 
     max_new_tokens: Count
     min_new_tokens: NonNegativeCount  # EOS cannot be drawn before
@@ -28,55 +32,88 @@ class Sampling:
     top_k: NonNegativeCount  # 0: all
     top_p: Fraction  # 1: all
     batch_size: Count  # responses in flight at once; changes memory and speed only
+    repetition_penalty: Positive = (
+        1.0  # of tokens of the prompt and of the response so far (Keskar et al. 2019); 1: none
+    )
+    stop_strings: Sequence[str] = ()  # a response ends with the token that completes one of them, and keeps it
 
     def __post_init__(self) -> None:
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"sampling.min_new_tokens={self.min_new_tokens} exceeds max_new_tokens={self.max_new_tokens}"
             )
+        if isinstance(self.stop_strings, str) or not all(self.stop_strings):
+            raise ValueError(f"sampling.stop_strings={self.stop_strings!r}; give a list of texts, none of them empty")
 
     def check_trainable(self) -> None:
-        """Refuse what a policy gradient cannot learn from.
+        """Refuse what a policy gradient cannot learn from. Stop strings pass: they end a response, and that is all.
 
         Raises:
             ValueError: the sampled distribution is not the learner's: its ratio and KL would be of another policy.
         """
-        if self.temperature == 0 or self.top_k or self.top_p < 1 or self.min_new_tokens:
+        if self.temperature == 0 or self.top_k or self.top_p < 1 or self.min_new_tokens or self.repetition_penalty != 1:
             raise ValueError(
                 "training samples must come from the policy that learns, found "
                 f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}, "
-                f"min_new_tokens={self.min_new_tokens}; use temperature > 0, top_k=0, top_p=1 and min_new_tokens=0 "
+                f"min_new_tokens={self.min_new_tokens}, repetition_penalty={self.repetition_penalty}; use "
+                "temperature > 0, top_k=0, top_p=1, min_new_tokens=0 and repetition_penalty=1 "
                 "(evaluation may use its own)"
             )
 
 
-def restrict(logits: Tensor, sampling: Sampling) -> Tensor:
-    """(B, V) logits at the sampling temperature; -inf outside the top k and outside the nucleus of mass top_p."""
-    logits = logits.float() / (sampling.temperature or 1.0)
-    if sampling.top_k:
-        lowest = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < lowest, -torch.inf)
-    if sampling.top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        outside = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, mass_before >= sampling.top_p)
-        outside.scatter_(1, order[:, :1], False)  # the likeliest token always stays
-        logits = logits.masked_fill(outside, -torch.inf)
-    return logits
+def stop_tokens(model: "PreTrainedModel", template: Template) -> list[int]:
+    """The template's EOS and those of the model's generation_config, in order."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    listed = own if isinstance(own, list) else [own] if own is not None else []
+    return sorted({template.eos, *listed})
 
 
-def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
-    """(B, V) log-probabilities and (B,) uniform numbers -> (B,) tokens, by inverting each row's distribution.
+def check_room(prompts: PromptBatch, sampling: Sampling, limit: int | None) -> None:
+    """Refuse prompts that leave a model of `limit` positions no room for a response."""
+    longest = prompts.tokens.shape[1] + sampling.max_new_tokens
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"a prompt of {prompts.tokens.shape[1]} tokens and {sampling.max_new_tokens} new ones need "
+            f"{longest} positions, the model has {limit}; "
+            "lower sampling.max_new_tokens or dataset.max_prompt_tokens"
+        )
 
-    A row's token depends on its own number only, so responses do not depend on how rows are batched.
+
+def rollout_from(
+    template: Template,
+    prompts: PromptBatch,
+    samples: int,
+    tokens: Tensor,
+    logprobs: Tensor,
+    lengths: Tensor,
+    finished: Tensor,
+) -> Rollout:
+    """What an engine drew, side by side with its prompts; columns that no response reaches are dropped.
+
+    Args:
+        tokens, logprobs: (B, T), on the CPU; row i is a sample of prompt i // samples, padding and 0 beyond its length.
+        lengths, finished: (B,); a response keeps the stop that finished it.
     """
-    cumulative = logprobs.double().exp().cumsum(-1)
-    # scaled by the total, which rounding leaves a little off 1, and right-sided: a token of probability 0 cannot be hit
-    return torch.searchsorted(cumulative, (uniform.double() * cumulative[:, -1])[:, None], right=True)[:, 0]
+    width = int(lengths.max())
+    tokens, logprobs = tokens[:, :width], logprobs[:, :width]
+    mask = torch.arange(width) < lengths[:, None]
+    repeat = torch.arange(len(prompts)).repeat_interleave(samples)
+    said = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+    return Rollout(
+        prompts=[prompts.prompts[i] for i in repeat.tolist()],
+        sequences=join(prompts.tokens[repeat], prompts.attention_mask[repeat], tokens, mask),
+        group=repeat,
+        finished=finished,
+        responses=template.texts(said),
+        logprobs=logprobs,
+    )
 
 
 class Generator:
     """The built-in rollout engine. It reads the policy's own weights, so there is nothing to synchronise.
+
+    Prompts are read longest first, each once for all of its samples. A response that ends leaves the batch, and when
+    enough have, the next prompts take their places.
 
     Attributes:
         stops: the template's EOS and those of the model's generation_config.
@@ -85,10 +122,15 @@ class Generator:
 
     def __init__(self, model: "PreTrainedModel", template: Template, sampling: Sampling) -> None:
         self.model, self.template, self.sampling = model, template, sampling
-        own = getattr(model.generation_config, "eos_token_id", None)
-        listed = own if isinstance(own, list) else [own] if own is not None else []
-        self.stops = torch.tensor(sorted({template.eos, *listed}), device=model.device)
+        self.stops = torch.tensor(stop_tokens(model, template), device=model.device)
         self.max_positions = getattr(model.config, "max_position_embeddings", None)
+
+    def sync(self) -> None:
+        """Nothing to do: the weights are the policy's own."""
+
+    def drawing(self, sampling: Sampling) -> "Generator":
+        """An engine of the same policy that draws otherwise."""
+        return Generator(self.model, self.template, sampling)
 
     @torch.no_grad()
     def generate(self, prompts: PromptBatch, samples: int, seed: int) -> Rollout:
@@ -102,100 +144,209 @@ class Generator:
         Raises:
             ValueError: a prompt and its response would not fit the model.
         """
-        longest, limit = prompts.tokens.shape[1] + self.sampling.max_new_tokens, self.max_positions
-        if limit is not None and longest > limit:
-            raise ValueError(
-                f"a prompt of {prompts.tokens.shape[1]} tokens and {self.sampling.max_new_tokens} new ones need "
-                f"{longest} positions, the model has {limit}; "
-                "lower sampling.max_new_tokens or dataset.max_prompt_tokens"
-            )
+        check_room(prompts, self.sampling, self.max_positions)
         total, steps = len(prompts) * samples, self.sampling.max_new_tokens
         uniform = torch.rand(total, steps, generator=torch.Generator().manual_seed(seed))
         responses = torch.arange(total).view(len(prompts), samples)  # the rows of each prompt
         mine = ranks.share(torch.arange(len(prompts)))
-        uniform = uniform[responses[mine].view(-1)]
-        tokens = torch.full((len(uniform), steps), self.template.pad)
-        logprobs = torch.zeros(len(uniform), steps)
-        mask = torch.zeros(len(uniform), steps, dtype=torch.bool)
-        finished = torch.zeros(len(uniform), dtype=torch.bool)
-
-        at_once = max(1, self.sampling.batch_size // samples)
-        for part in batches(len(mine), at_once):
-            rows = slice(part.start * samples, part.stop * samples)
-            self._respond(prompts.tokens[mine[part]], prompts.attention_mask[mine[part]], samples, uniform[rows],
-                          tokens[rows], logprobs[rows], mask[rows], finished[rows])  # fmt: skip
-
+        drawn = Drawn(self, uniform[responses[mine].view(-1)])
+        self._respond(prompts.tokens[mine], prompts.attention_mask[mine], samples, drawn)
         back = ranks.dealt(responses).view(-1).argsort()  # from the order of the ranks to that of the rows
-        tokens, logprobs, mask, finished = (ranks.gather_rows(x)[back] for x in (tokens, logprobs, mask, finished))
-        width = int(mask.any(0).sum())
-        tokens, logprobs, mask = tokens[:, :width], logprobs[:, :width], mask[:, :width]
-        repeat = torch.arange(len(prompts)).repeat_interleave(samples)
-        return Rollout(
-            prompts=[prompts.prompts[i] for i in repeat.tolist()],
-            sequences=join(prompts.tokens[repeat], prompts.attention_mask[repeat], tokens, mask),
-            group=repeat,
-            finished=finished,
-            responses=[self.template.text(row[keep].tolist()) for row, keep in zip(tokens, mask, strict=True)],
-            logprobs=logprobs,
+        tokens, logprobs, lengths, finished = (ranks.gather_rows(x)[back] for x in drawn.responses())
+        return rollout_from(self.template, prompts, samples, tokens, logprobs, lengths, finished)
+
+    def _respond(self, prompts: Tensor, mask: Tensor, samples: int, drawn: "Drawn") -> None:
+        """Draw all responses to (n, P) prompts."""
+        plain = is_plain(self.model.config)
+        at_once = max(1, self.sampling.batch_size // samples)  # prompts
+        # longest first: later ones then fit where earlier ones were
+        waiting = mask.sum(1).argsort(descending=True, stable=True)
+        while len(waiting):
+            first, waiting = waiting[:at_once], waiting[at_once:]
+            flight = Flight(self, drawn, samples, plain=plain, slots=len(first) * samples, refilled=len(waiting) > 0)
+            flight.admit(prompts, mask, first)
+            while flight.rows:
+                flight.step()
+                room = (flight.slots - flight.rows) // samples
+                if plain and len(waiting) and room and room >= REFILL_AT * len(first):
+                    flight.admit(prompts, mask, waiting[:room])
+                    waiting = waiting[room:]
+
+
+class Drawn:
+    """What was drawn so far of a rank's R responses, on the device of the model.
+
+    Rows that have ended go on until somebody looks; what they draw beyond their end is dropped here.
+    """
+
+    def __init__(self, engine: Generator, uniform: Tensor) -> None:
+        device = engine.model.device
+        self.engine, self.steps = engine, uniform.shape[1]
+        # a row may run on until the next look
+        self.look_every = LOOK_EVERY if device.type == "cuda" and not engine.sampling.stop_strings else 1
+        self.uniform = nn.functional.pad(uniform, (0, self.look_every)).to(device)
+        self.tokens = torch.full(self.uniform.shape, engine.template.pad, device=device)
+        self.logprobs = torch.zeros(self.uniform.shape, device=device)
+        self.cut = torch.full((len(uniform),), self.steps + 1, device=device)  # length of those that a text ended
+
+    def responses(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(R, T) tokens and their log-probabilities, (R,) lengths, and (R,) whether it ended by itself."""
+        tokens, logprobs = self.tokens[:, : self.steps], self.logprobs[:, : self.steps]
+        places = torch.arange(1, self.steps + 1, device=tokens.device)
+        stopped = torch.isin(tokens, self.engine.stops)
+        ended = places.where(stopped, self.steps + 1).amin(1).minimum(self.cut)
+        inside = places <= ended[:, None]
+        return (
+            tokens.where(inside, self.engine.template.pad),
+            logprobs.where(inside, 0),
+            ended.clamp(max=self.steps),
+            ended <= self.steps,
         )
 
-    def _respond(
-        self,
-        prompts: Tensor,
-        prompt_mask: Tensor,
-        samples: int,
-        uniform: Tensor,
-        tokens: Tensor,
-        logprobs: Tensor,
-        mask: Tensor,
-        finished: Tensor,
+
+class Flight:
+    """A batch of responses that are being drawn, one token each a step."""
+
+    def __init__(
+        self, engine: Generator, drawn: Drawn, samples: int, *, plain: bool, slots: int, refilled: bool
     ) -> None:
-        """Fill tokens, logprobs, mask (B, T) and finished (B,) of the responses to one batch of prompts."""
-        device, sampling = self.model.device, self.sampling
-        used = int(prompt_mask.any(0).nonzero()[0])  # columns that are padding in every row of this batch
-        prompts, prompt_mask = prompts[:, used:].to(device), prompt_mask[:, used:].to(device)
-        cache = transformers.DynamicCache(config=self.model.config)
-        logits = self.model(
-            input_ids=prompts,
-            attention_mask=prompt_mask,
-            position_ids=positions(prompt_mask),
-            past_key_values=cache,
+        """
+        Args:
+            plain: whether the model's cache can be written in place, so that rows can be added later.
+            refilled: whether rows will be added later: they start where the others are, and need columns beyond.
+        """
+        self.engine, self.drawn, self.samples = engine, drawn, samples
+        self.plain, self.slots, self.refilled = plain, slots, refilled
+        self.device = engine.model.device
+        vocabulary = engine.model.get_input_embeddings().num_embeddings
+        self.is_stop = torch.zeros(int(vocabulary), dtype=torch.bool, device=self.device)
+        self.is_stop[engine.stops[engine.stops < len(self.is_stop)]] = True
+        self.store: InPlaceCache | GrowingCache | None = None
+        none = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self.response = none  # (n,) of `drawn`, in flight here
+        self.count = none  # (n,) tokens drawn so far
+        self.start = none  # (n,) column of the first token of the prompt
+        self.ended = none.bool()
+        self.logits = torch.zeros(0, len(self.is_stop), device=self.device)
+        self.seen = none.bool().view(0, len(self.is_stop))  # (n, V) tokens so far, for the repetition penalty
+        self.steps = 0
+
+    @property
+    def rows(self) -> int:
+        return len(self.response)
+
+    def admit(self, prompts: Tensor, mask: Tensor, chosen: Tensor) -> None:
+        """Read prompts, once each, and add their samples to the batch."""
+        used = int(mask[chosen].any(0).nonzero()[0])  # columns that are padding in every row
+        tokens, mask = prompts[chosen, used:].to(self.device), mask[chosen, used:].to(self.device)
+        read = transformers.DynamicCache(config=self.engine.model.config)
+        logits = self.engine.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions(mask),
+            past_key_values=read,
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        cache.batch_repeat_interleave(samples)
-        logits = logits.repeat_interleave(samples, 0)
-        attention = prompt_mask.repeat_interleave(samples, 0)
-        rows = torch.arange(len(attention))  # the response that each row in flight belongs to
-        alive = torch.ones(len(rows), dtype=torch.bool)
+        width, sampling = tokens.shape[1], self.engine.sampling
+        if self.store is None:
+            room = sampling.max_new_tokens + self.drawn.look_every
+            # with twice the room, what is in use moves back to the first columns once in `room` steps
+            columns = width + room * (2 if self.refilled else 1)
+            self.store = InPlaceCache(read, self.slots, columns) if self.plain else GrowingCache(read)
+        self.store.add(read, self.samples)
+        of = chosen.to(self.device)[:, None] * self.samples + torch.arange(self.samples, device=self.device)
+        new = of.view(-1)
+        start = self.store.end - mask.sum(1).repeat_interleave(self.samples)
+        self.response = torch.cat([self.response, new])
+        self.count = torch.cat([self.count, torch.zeros_like(new)])
+        self.start = torch.cat([self.start, start])
+        self.ended = torch.cat([self.ended, torch.zeros_like(new, dtype=torch.bool)])
+        self.logits = torch.cat([self.logits, logits.repeat_interleave(self.samples, 0)])
+        if sampling.repetition_penalty != 1:
+            seen = torch.zeros(len(tokens), self.seen.shape[1], dtype=torch.bool, device=self.device)
+            rows, columns = mask.nonzero(as_tuple=True)
+            seen[rows, tokens[rows, columns]] = True
+            self.seen = torch.cat([self.seen, seen.repeat_interleave(self.samples, 0)])
+        self._measure()
 
-        for t in range(sampling.max_new_tokens):
-            if t < sampling.min_new_tokens:
-                logits = logits.index_fill(1, self.stops, -torch.inf)
-            step = restrict(logits, sampling).log_softmax(-1)
-            greedy = sampling.temperature == 0
-            chosen = step.argmax(-1) if greedy else draw(step, uniform[rows, t].to(device))
-            picked = step.gather(1, chosen[:, None])[:, 0]
-            here = rows[alive]
-            tokens[here, t], logprobs[here, t] = chosen.cpu()[alive], picked.float().cpu()[alive]
-            mask[here, t] = True
-            ended = torch.isin(chosen, self.stops).cpu() & alive
-            finished[rows[ended]] = True
-            alive = alive & ~ended
-            if not alive.any() or t + 1 == sampling.max_new_tokens:
-                return
-            attention = torch.cat([attention, torch.ones_like(attention[:, :1])], dim=1)
-            if alive.float().mean() < COMPACT_BELOW:
-                kept = alive.nonzero()[:, 0]
-                on_device = kept.to(device)
-                cache.batch_select_indices(on_device)
-                attention, chosen = attention[on_device], chosen[on_device]
-                rows, alive = rows[kept], alive[kept]
-            logits = self.model(
-                input_ids=chosen[:, None],
-                attention_mask=attention,
-                position_ids=positions(attention)[:, -1:],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
+    def step(self) -> None:
+        """Draw a token for every row, let rows go that have ended, and read on."""
+        assert self.store is not None
+        sampling, drawn = self.engine.sampling, self.drawn
+        logprobs = self._processed().log_softmax(-1)
+        greedy = sampling.temperature == 0
+        tokens = logprobs.argmax(-1) if greedy else draw(logprobs, drawn.uniform[self.response, self.count])
+        drawn.tokens[self.response, self.count] = tokens
+        drawn.logprobs[self.response, self.count] = logprobs.gather(1, tokens[:, None])[:, 0]
+        self.count += 1
+        self.ended |= self.is_stop[tokens]
+        self.steps += 1
+        if sampling.stop_strings:
+            self._read_texts()
+        if self.steps % drawn.look_every == 0:
+            alive = ~(self.ended | (self.count >= drawn.steps))
+            if not alive.all():
+                tokens = self._keep(alive, tokens)
+        if not self.rows:
+            return
+        if sampling.repetition_penalty != 1:
+            self.seen[torch.arange(self.rows, device=self.device), tokens] = True
+        if isinstance(self.store, InPlaceCache) and self.store.end == self.store.columns:
+            self.start -= self.store.shift()
+        end = self.store.end
+        attention = None
+        if self.padded:
+            attention = torch.arange(self.store.begin, end + 1, device=self.device) >= self.start[:, None]
+        self.logits = self.engine.model(
+            input_ids=tokens[:, None],
+            attention_mask=attention,
+            position_ids=(end - self.start)[:, None],
+            past_key_values=self.store.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+
+    def _processed(self) -> Tensor:
+        """(n, V) logits of the distribution that is sampled."""
+        sampling, logits = self.engine.sampling, self.logits.float()
+        if sampling.repetition_penalty != 1:
+            logits = penalised(logits, self.seen, sampling.repetition_penalty)
+        if sampling.min_new_tokens:
+            early = (self.count < sampling.min_new_tokens)[:, None] & self.is_stop
+            logits = logits.masked_fill(early, -torch.inf)
+        return restricted(logits, sampling.temperature or 1.0, sampling.top_k, sampling.top_p)
+
+    def _read_texts(self) -> None:
+        """End the rows whose text holds a stop string now."""
+        drawn, strings = self.drawn, self.engine.sampling.stop_strings
+        # enough tokens to hold the longest, at up to four tokens a character; what is found there is then read whole
+        window = 4 * max(map(len, strings)) + 4
+        counts, rows = self.count.tolist(), self.response.tolist()
+        tails = [drawn.tokens[row, max(0, n - window) : n].tolist() for row, n in zip(rows, counts, strict=True)]
+        found = [any(text in tail for text in strings) for tail in self.engine.template.raw_texts(tails)]
+        for i in (i for i, there in enumerate(found) if there):
+            whole = self.engine.template.raw_texts([drawn.tokens[rows[i], : counts[i]].tolist()])[0]
+            if any(text in whole for text in strings):
+                self.ended[i] = True
+                drawn.cut[rows[i]] = counts[i]
+
+    def _keep(self, alive: Tensor, tokens: Tensor) -> Tensor:
+        """Let the others go: rows from the end of the batch take their places. The tokens of those that stay."""
+        assert self.store is not None
+        left = int(alive.sum())
+        order = torch.arange(left, device=self.device)
+        order[~alive[:left]] = alive[left:].nonzero()[:, 0] + left
+        self.response, self.count, self.start = self.response[order], self.count[order], self.start[order]
+        self.ended, tokens = self.ended[order], tokens[order]
+        self.logits = self.logits[:0]
+        if self.engine.sampling.repetition_penalty != 1:
+            self.seen = self.seen[order]
+        self.store.keep(order, int(self.start.min()) if left else self.store.end)
+        self._measure()
+        return tokens
+
+    def _measure(self) -> None:
+        """Whether any row starts right of the first column in use."""
+        assert self.store is not None
+        self.padded = bool((self.start > self.store.begin).any()) or not self.plain

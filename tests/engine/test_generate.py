@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine.forward import policy_forward
-from rlhf_lab.engine.generate import Generator, Sampling, draw, restrict
+from rlhf_lab.engine.generate import Generator, Sampling
 from rlhf_lab.engine.models import load_policy, load_tokenizer
+from rlhf_lab.functional.sampled import draw, restricted
 from rlhf_lab.records import Prompt
 from rlhf_lab.types import PromptBatch, Rollout
 
@@ -239,7 +240,7 @@ def test_no_stop_is_drawn_before_the_least_length(hf_folder: Folder):
 @pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.6), (5, 0.7), (0, 1e-6), (1, 1.0), (0, 0.0), (99, 0.99)])
 def test_top_k_and_top_p_keep_what_a_slow_loop_keeps(top_k: int, top_p: float):
     logits = torch.randn(20, 17, generator=torch.Generator().manual_seed(0)) * 2
-    found = restrict(logits, sampling(top_k=top_k, top_p=top_p, temperature=1.3))
+    found = restricted(logits, 1.3, top_k, top_p)
     for row in range(20):
         weights = {token: math.exp(value / 1.3) for token, value in enumerate(logits[row].tolist())}
         ordered = sorted(weights, key=lambda token, weights=weights: -weights[token])[: top_k or None]
