@@ -7,7 +7,7 @@ import shutil
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from rlhf_lab import stopping
 from rlhf_lab.console import Console
-from rlhf_lab.engine import ranks
+from rlhf_lab.engine import high_water, ranks
 from rlhf_lab.engine.checkpoint import (
     DamagedCheckpoint,
     checkpoints,
@@ -42,6 +42,8 @@ INCIDENTAL = (
     *("tracker", "artifacts", "keep_checkpoints", "hardware.threads", "stage.hardware.threads"),
     *("judge.dry_run", "stage.judge.dry_run"),
 )
+# and what the names of others end in, wherever they stand
+INCIDENTAL_ENDS = ("tokens_at_once", "sampling.batch_size")
 STOP = "stop"  # a file of this name in a run's directory asks it to stop
 SUBMISSION = "submission"  # a folder of those who started the run
 PREAMBLE = {
@@ -57,6 +59,15 @@ def difference(before: Any, after: Any, path: str = "") -> Iterator[str]:
             yield from difference(before.get(key, "absent"), after.get(key, "absent"), f"{path}.{key}" if path else key)
     elif before != after:
         yield f"{path}: {before!r} -> {after!r}"
+
+
+def telling(lines: Iterable[str]) -> list[str]:
+    """Of the lines of a `difference` those that change what a run measures."""
+    return [
+        line
+        for line in lines
+        if not line.startswith(INCIDENTAL) and not line.partition(":")[0].endswith(INCIDENTAL_ENDS)
+    ]
 
 
 class Run:
@@ -84,6 +95,7 @@ class Run:
         self._is_new = False  # whether this process gave the directory its configuration
         self._got_further = False  # whether this process did a step, or a piece of work
         self._facts: dict[str, Any] = {}
+        self._differs: list[str] = []  # from what is frozen, in settings that change nothing that is measured
 
     @classmethod
     def open(
@@ -131,12 +143,8 @@ class Run:
             sweep_up(directory)
             frozen = directory / "config.yaml"
             if frozen.exists():
-                changed = [
-                    line
-                    for line in difference(yaml.safe_load(frozen.read_text()), config)
-                    if not line.startswith(INCIDENTAL)
-                ]
-                if changed:
+                self._differs = list(difference(yaml.safe_load(frozen.read_text()), config))
+                if changed := telling(self._differs):
                     raise RunRefused(
                         f"{directory} holds a run with another configuration ({'; '.join(changed[:8])}); "
                         "give this run another name with name=, or remove that directory"
@@ -246,6 +254,7 @@ class Run:
     def finish(self, metrics: Metrics) -> None:
         """Everything is written: only now does the run count as finished."""
         self.finished = True
+        self._status.held(*high_water.highest(ranks.gather(high_water.since_begin())))
         if ranks.is_first():
             (self.directory / STOP).unlink(missing_ok=True)
             self._status.write("finished", metrics=metrics)
@@ -286,6 +295,7 @@ class Run:
         self.last = metrics
         if ranks.is_first():
             self._journal.log(step, metrics)
+            self._status.held(metrics.get("memory/peak", 0.0), metrics.get("memory/device/peak", 0.0))
             self.tracker.log(step, metrics)
 
     def warn(self, step: int, message: str) -> None:
@@ -390,6 +400,8 @@ class Run:
         file = self.directory / "environment.json"
         stored = json.loads(file.read_text())
         now, before = sitting(self._facts, resumed_from), stored.get("sittings", [])
+        if self._differs:
+            now["differs"] = self._differs
         write_atomically(file, json.dumps(stored | {"sittings": [*before, now]}, indent=1))
         if before and (changed := list(changes(before[-1], now))):
             self.warn(resumed_from or 0, f"continued under other code or packages: {'; '.join(changed)}")

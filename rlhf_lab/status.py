@@ -4,16 +4,14 @@ import contextlib
 import json
 import math
 import os
-import resource
 import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from rlhf_lab.console import SHOWN
+from rlhf_lab.engine import high_water
 from rlhf_lab.engine.checkpoint import write_atomically
 
 State = Literal["running", "stopped", "failed", "finished"]
@@ -36,16 +34,13 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
-def _device_memory_mib() -> int:
-    return round(sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count()))) / 2**20)
-
-
 class Status:
     """The status of a run, as the process writes it that works on the run now.
 
-    The file has: state; started and updated (local time); seconds, worked on it in all sittings; peak_memory_mib,
-    process and host, of this one; sittings, how many processes have worked on it; progress; and error or reason, the
-    first line of why it failed or stopped. On a GPU also peak_device_memory_mib, what torch held there at most.
+    The file has: state; started and updated (local time); seconds, worked on it in all sittings; peak_memory_mib of
+    this sitting, of several ranks the one that held most; process and host, of this one; sittings, how many processes
+    have worked on it; progress; and error or reason, the first line of why it failed or stopped. On a GPU also
+    peak_device_memory_mib, what torch held there at most.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -56,16 +51,21 @@ class Status:
         self._earlier: float = before.get("seconds", 0.0)
         self._sittings: int = before.get("sittings", 0) + 1
         self._progress: dict[str, Any] = before.get("progress", {})
+        self._held = (0.0, 0.0)
+
+    def held(self, main: float, devices: float) -> None:
+        """Heed what any rank held at most, in MiB."""
+        self._held = high_water.highest([self._held, (main, devices)])
 
     def _spelled(self, state: State, more: Mapping[str, Any]) -> str:
-        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        main, devices = high_water.highest([self._held, high_water.since_begin()])
         status = {
             "state": state,
             "started": self._started,
             "updated": time.strftime("%F %T"),
             "seconds": round(self._earlier + time.monotonic() - self._begun, 1),
-            "peak_memory_mib": round(kilobytes / 1024),
-            **({"peak_device_memory_mib": _device_memory_mib()} if torch.cuda.is_initialized() else {}),
+            "peak_memory_mib": round(main),
+            **({"peak_device_memory_mib": round(devices)} if devices else {}),
             "process": os.getpid(),
             "host": socket.gethostname(),
             "sittings": self._sittings,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import join, positions
-from rlhf_lab.engine import ranks
+from rlhf_lab.engine import out_of_memory, ranks
 from rlhf_lab.engine.cache import GrowingCache, InPlaceCache, is_plain
 from rlhf_lab.functional.sampled import draw, penalised, restricted
 from rlhf_lab.types import Count, Fraction, NonNegative, NonNegativeCount, Positive, PromptBatch, Rollout
@@ -163,14 +163,17 @@ class Generator:
         waiting = mask.sum(1).argsort(descending=True, stable=True)
         while len(waiting):
             first, waiting = waiting[:at_once], waiting[at_once:]
-            flight = Flight(self, drawn, samples, plain=plain, slots=len(first) * samples, refilled=len(waiting) > 0)
-            flight.admit(prompts, mask, first)
-            while flight.rows:
-                flight.step()
-                room = (flight.slots - flight.rows) // samples
-                if plain and len(waiting) and room and room >= REFILL_AT * len(first):
-                    flight.admit(prompts, mask, waiting[:room])
-                    waiting = waiting[room:]
+            with out_of_memory.sampling(len(first), samples, self.sampling.batch_size):
+                flight = Flight(
+                    self, drawn, samples, plain=plain, slots=len(first) * samples, refilled=len(waiting) > 0
+                )
+                flight.admit(prompts, mask, first)
+                while flight.rows:
+                    flight.step()
+                    room = (flight.slots - flight.rows) // samples
+                    if plain and len(waiting) and room and room >= REFILL_AT * len(first):
+                        flight.admit(prompts, mask, waiting[:room])
+                        waiting = waiting[room:]
 
 
 class Drawn:

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from rlhf_lab.engine import ranks
+from rlhf_lab.engine import out_of_memory, ranks
 from rlhf_lab.engine.score import own_microbatches
 from rlhf_lab.seeds import generator
 from rlhf_lab.types import Count, Fraction, Metrics, NonNegative, NonNegativeCount, Positive, Term
@@ -149,15 +149,16 @@ class Learner:
         counts = {"row": rows, "token": 0 if mask is None else int(mask.sum())}
         means: dict[str, float] = {}
         for index in own_microbatches(part.batch.lengths, self.tokens_at_once):
-            microbatch = part.batch.select(index).to(device)
-            total = torch.zeros((), device=device)
-            for term in part.loss(part.forward(microbatch), microbatch):
-                values = term.values.where(microbatch.token_mask, 0) if term.per == "token" else term.values
-                mean = values.sum() / counts[term.per]
-                means[term.name] = means.get(term.name, 0.0) + mean.item()
-                if term.weight:
-                    total = total + part.weight * term.weight * mean
-            total.backward()
+            with out_of_memory.reading(part.batch.lengths[index], self.tokens_at_once):
+                microbatch = part.batch.select(index).to(device)
+                total = torch.zeros((), device=device)
+                for term in part.loss(part.forward(microbatch), microbatch):
+                    values = term.values.where(microbatch.token_mask, 0) if term.per == "token" else term.values
+                    mean = values.sum() / counts[term.per]
+                    means[term.name] = means.get(term.name, 0.0) + mean.item()
+                    if term.weight:
+                        total = total + part.weight * term.weight * mean
+                total.backward()
         return ranks.sum_by_name(means)
 
     def _step(self, parts: Sequence[Part]) -> Metrics:

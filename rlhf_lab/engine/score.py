@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlhf_lab.engine import ranks
+from rlhf_lab.engine import out_of_memory, ranks
 from rlhf_lab.engine.forward import critic_values, policy_forward
 from rlhf_lab.engine.models import Critics
 from rlhf_lab.interfaces import RewardSource
@@ -24,7 +24,10 @@ def by_length(
     Returns the results in the order of the rows, on the CPU. Each rank computes its share of the rows.
     """
     parts = own_microbatches(sequences.lengths, tokens_at_once)
-    mine = [compute(sequences.select(part).to(device)).cpu() for part in parts]
+    mine: list[Tensor] = []
+    for part in parts:
+        with out_of_memory.reading(sequences.lengths[part], tokens_at_once):
+            mine.append(compute(sequences.select(part).to(device)).cpu())
     results = ranks.gather_rows(torch.cat(mine) if mine else None)
     order = ranks.dealt(sequences.lengths.argsort(stable=True))
     return torch.empty_like(results).index_copy_(0, order, results)
@@ -70,6 +73,12 @@ class Scorer:
     ) -> None:
         self.rewards, self.reference, self.critics = dict(rewards), reference, critics
         self.temperature, self.tokens_at_once = temperature, tokens_at_once
+
+    @property
+    def num_models(self) -> int:
+        """How many models read each response; a source that has none, such as a gold measure, counts as none."""
+        own = 1 if self.critics is None else 2
+        return own + sum(getattr(source, "num_models", 0) for source in self.rewards.values())
 
     @torch.no_grad()
     def score(self, rollout: Rollout) -> ScoredRollout:

@@ -139,6 +139,7 @@ class Calibrated:
             memory_mib=trial.memory_mib,
             device_memory_mib=trial.device_memory_mib,
             trust="calibrated",
+            split=trial.split,
             source=f"steps of {measured.of}, {measured.when}{notes}",
         )
 

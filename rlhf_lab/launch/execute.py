@@ -16,14 +16,14 @@ from hydra.utils import instantiate
 from rlhf_lab import stopping
 from rlhf_lab.console import Console
 from rlhf_lab.data.statistics import of_stage
-from rlhf_lab.engine import ranks
+from rlhf_lab.engine import out_of_memory, ranks
 from rlhf_lab.engine.checkpoint import remove
 from rlhf_lab.environment import input_hashes
 from rlhf_lab.interfaces import Tracker
 from rlhf_lab.judges.price import DryRun
 from rlhf_lab.launch.check import BadConfig
 from rlhf_lab.launch.compose import ROOT, Plan, in_order
-from rlhf_lab.run import Run, RunRefused, difference, is_finished, leftovers, sweep_up
+from rlhf_lab.run import Run, RunRefused, difference, is_finished, leftovers, sweep_up, telling
 from rlhf_lab.stopping import Stopped
 from rlhf_lab.types import Metrics
 
@@ -67,7 +67,7 @@ def _check_artifact(plan: Plan, policy: str) -> None:
         stored = yaml.safe_load((plan.directory / "config.yaml").read_text())
         ours = {key: value for key, value in plan.config.items() if key not in _INCIDENTAL}
         theirs = {key: value for key, value in stored.items() if key not in _INCIDENTAL}
-        changed = [line for line in difference(theirs, ours) if ".hardware." not in line]
+        changed = [line for line in telling(difference(theirs, ours)) if ".hardware." not in line]
         if changed:
             raise RunRefused(
                 f"the artifact {plan.directory} was built with another configuration ({'; '.join(changed[:5])}); "
@@ -201,7 +201,8 @@ def carry_out(plan: Plan, console: Console) -> Metrics:
                 afterwards.push(partial(_close, tracker))
             console.say(f"run {directory}")
             try:
-                metrics = stage.run(run)
+                with out_of_memory.phase("run"):
+                    metrics = stage.run(run)
             except DryRun as price:
                 console.say(str(price))
                 run.leave(str(price))

@@ -45,7 +45,7 @@ class _Notes:
         """The letter of the note that says by what this one is judged."""
         if one.estimate is None:
             return ""
-        text = f"{one.estimate.trust}: {one.estimate.source}"
+        text = f"{one.estimate.trust}: {one.estimate.source}{_split(one.estimate.split)}"
         place = len(self._known)
         letter = ORDINALS[place % len(ORDINALS)] * (place // len(ORDINALS) + 1)
         return self._known.setdefault(text, letter)
@@ -54,6 +54,13 @@ class _Notes:
     def lines(self) -> Iterator[str]:
         for text, letter in self._known.items():
             yield f"  {letter}  {text}"
+
+
+def _split(shares: Mapping[str, float]) -> str:
+    """How the time of the steps divides, if there is more than one phase to it."""
+    if len(shares) < 2:
+        return ""
+    return "; of its steps " + ", ".join(f"{phase} {100 * share:.0f}%" for phase, share in shares.items())
 
 
 def _takes(one: Outlook, notes: _Notes) -> list[str]:
@@ -127,9 +134,16 @@ def _totals(seen: Forecast, executor: Mapping[str, Any]) -> Iterator[str]:
         yield "  starts of processes and the cluster's queue come on top"
     if seen.unknown:
         yield f"time of {seen.unknown} of {len(waiting)}: unknown; plan=calibrate measures"
-    estimates = [one.estimate for one in waiting if one.estimate is not None]
-    if estimates:
-        yield f"memory: at most {memory(max(estimate.memory_mib for estimate in estimates))} a process, as far as known"
+    judged = [one for one in waiting if one.estimate is not None]
+    if judged:
+        largest = max(judged, key=lambda one: one.plan.num_processes * _main_mib(one))
+        each, count = memory(max(map(_main_mib, judged))), largest.plan.num_processes
+        together = f", {memory(count * _main_mib(largest))} for the {count} processes of a run" if count > 1 else ""
+        yield f"memory: at most {each} a process{together}, as far as known"
+
+
+def _main_mib(one: Outlook) -> float:
+    return 0.0 if one.estimate is None else one.estimate.memory_mib
 
 
 def _kind(executor: Mapping[str, Any]) -> str:

@@ -8,13 +8,15 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
 import yaml
+
+from rlhf_lab.engine.accounting import EVALUATION
 
 Trust = Literal["calibrated", "measured", "alike", "scaled", "rough"]
 # what a stage does as often as these say; of a stage with steps of its own, its data's size costs nothing
@@ -27,6 +29,7 @@ NEEDED = re.compile(
     r"(algorithm\.)?_target_|model\.(base|policy|reference|critic)|hardware\..*|prompts_per_step|samples_per_prompt|"
     r"batch_size|.*(max_new_tokens|max_prompt_tokens|max_response_tokens)"
 )
+NOT_STEPS = (EVALUATION, "tokens_per_second")  # the latter a rate, which older runs have among their times
 LONGEST_PAGE_S = 600  # a page that appeared later than that after its run was drawn once more
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _NOT_RUNS = {"checkpoints", "samples", "plots", "shards", "plans", "log", "code", "policy", "scorer", "data", "wandb"}
@@ -40,6 +43,7 @@ class Estimate:
         seconds: from taking its directory to its page; `least` and `most` of the runs that it is judged by, if several.
         memory_mib: the most that its process holds in main memory.
         device_memory_mib: the most that it holds on its device; 0 where there is none, or nobody looked.
+        split: phase -> share of the time of the steps, evaluations left out; {} where no run logged it.
         source: by which runs, and how these differ.
     """
 
@@ -50,11 +54,12 @@ class Estimate:
     device_memory_mib: float
     trust: Trust
     source: str
+    split: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Past:
-    """A finished run. `loop` is what of its seconds went by in its steps, `evaluations` how often it was measured."""
+    """A finished run. `loop` is what of its seconds went by in its steps, `split` in their phases."""
 
     directory: Path
     settings: Mapping[str, Any]
@@ -63,6 +68,7 @@ class Past:
     loop: float
     memory_mib: float
     device_memory_mib: float
+    split: Mapping[str, float]
 
 
 def settings_of(config: Mapping[str, Any], num_processes: int = 1) -> dict[str, Any]:
@@ -228,6 +234,7 @@ def _judged(pasts: Sequence[Past], differs: Likeness, settings: Mapping[str, Any
         memory_mib=max(past.memory_mib for past in pasts),
         device_memory_mib=max(past.device_memory_mib for past in pasts),
         trust=differs.trust,
+        split=shares(pasts[0].split),
         source=source if here else f"{source}; on {pasts[0].host}",
     )
 
@@ -243,15 +250,17 @@ def _past(directory: Path, spelled: str) -> Past | None:
         settings = settings_of(config, environment.get("num_processes", 1))
         page = directory / "report.html"
         drawing = page.stat().st_mtime - (directory / "status.json").stat().st_mtime if page.exists() else 0.0
+        split = seconds_of_phases(directory)
         seconds = status["seconds"] + (drawing if 0 < drawing < LONGEST_PAGE_S else 0.0)
         return Past(
             directory=directory,
             settings=settings,
             host=status.get("host", environment["host"]),
             seconds=seconds,
-            loop=min(_seconds_of_steps(directory) or _seconds_of_pace(status), status["seconds"]),
+            loop=min(sum(split.values()) or _seconds_of_pace(status), status["seconds"]),
             memory_mib=status["peak_memory_mib"],
             device_memory_mib=status.get("peak_device_memory_mib", 0),
+            split=split,
         )
     except (OSError, KeyError, ValueError, TypeError, yaml.YAMLError):
         return None
@@ -263,13 +272,19 @@ def _seconds_of_pace(status: Mapping[str, Any]) -> float:
     return progress["steps"] / progress["per_second"] if progress.get("per_second") else status["seconds"]
 
 
-def _seconds_of_steps(directory: Path) -> float:
-    """The sum of what a run logged of its own time, step by step; 0 if it logs none."""
+def shares(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Each of the whole."""
+    whole = sum(seconds.values())
+    return {phase: spent / whole for phase, spent in seconds.items()} if whole else {}
+
+
+def seconds_of_phases(directory: Path) -> dict[str, float]:
+    """phase -> the sum of what a run logged of its time, step by step, evaluations left out; {} if it logs none."""
     file = directory / "metrics.jsonl"
-    lines = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
-    return sum(
-        float(value)
-        for line in lines
-        for key, value in line.items()
-        if key.startswith("time/") and key != "time/tokens_per_second"
-    )
+    sums: dict[str, float] = {}
+    for line in map(json.loads, file.read_text().splitlines() if file.exists() else ()):
+        for key, value in line.items():
+            phase = key.removeprefix("time/")
+            if phase != key and "/" not in phase and phase not in NOT_STEPS:
+                sums[phase] = sums.get(phase, 0.0) + float(value)
+    return sums

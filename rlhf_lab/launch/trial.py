@@ -4,22 +4,21 @@ Started as a process of its own, so that its memory is that of such a run.
 """
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
 from rlhf_lab.console import Console
+from rlhf_lab.engine import high_water
 from rlhf_lab.launch.check import locate
 from rlhf_lab.launch.compose import Plan
+from rlhf_lab.launch.history import seconds_of_phases, shares
 from rlhf_lab.launch.job import die_with_parent
 
 STEPS = (3,)  # or batches, or shards: one that warms up, one that is timed, one that is followed by an evaluation
@@ -39,6 +38,7 @@ class Trial:
         begin: seconds outside of the steps, the first evaluation included; of a run whose amount is `units`.
         unit: seconds of a step, or of a row.
         evaluation: seconds of one evaluation in the middle of a run with steps.
+        split: phase -> share of the time of the steps but the evaluations; {} of a run that logs none.
     """
 
     begin: float
@@ -47,6 +47,7 @@ class Trial:
     evaluation: float
     memory_mib: float
     device_memory_mib: float
+    split: Mapping[str, float] = field(default_factory=dict)
 
     def seconds(self, units: int, evaluations: int) -> float:
         """Of a whole run."""
@@ -149,14 +150,15 @@ def measure(plan: Plan) -> Trial:
     else:
         unit = median(laps[1:-1] or laps[1:]) / (1 if has_steps(stage) else batch)
     evaluation = max(0.0, laps[-1] - unit) if has_steps(stage) else 0.0
-    device = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
+    main, devices = high_water.since_begin()
     return Trial(
         begin=first.seconds,
         units=first.units,
         unit=unit,
         evaluation=evaluation,
-        memory_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        device_memory_mib=device,
+        memory_mib=main,
+        device_memory_mib=devices,
+        split=shares(seconds_of_phases(plan.directory / "0")),
     )
 
 

@@ -19,6 +19,7 @@ from rlhf_lab.report.summary import (
     comparisons,
     duration,
     judge_name,
+    memory,
     not_finite,
     number,
     short,
@@ -138,6 +139,7 @@ def templates() -> Environment:
         "number": number,
         "signed": signed,
         "duration": duration,
+        "memory": memory,
         "clipped": clipped,
         "short": short,
     }

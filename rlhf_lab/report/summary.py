@@ -1,7 +1,7 @@
 """What a run amounts to, in numbers and words: verdict, before and after, prompts to look at, where time went."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,11 +59,20 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """Part of the run's time. `share` is of the whole, between 0 and 1."""
+    """Part of the run's time; `share` is of the whole, between 0 and 1.
+
+    Args:
+        rate: tokens a second, the median over the steps; NaN where it has none.
+        memory_mib: the most main memory in any step, of the process that held most; NaN where nobody looked.
+        device_mib: the same of its device.
+    """
 
     name: str
     seconds: float
     share: float
+    rate: float
+    memory_mib: float
+    device_mib: float
 
 
 def number(value: float) -> str:
@@ -255,13 +264,39 @@ def cost_of(run: Run, sample: Sample | None) -> float:
 
 def timings(run: Run) -> tuple[Share, ...]:
     """Where the wall clock went, from `time/*`; what no part of the loop accounts for is `everything else`."""
-    parts = {name: float(np.nansum(run.series(f"time/{name}").value)) for name in run.streams("time/<name>")}
+    names = [name for name in run.streams("time/<name>") if name != "tokens_per_second"]  # as older runs have it
+    parts = {name: float(np.nansum(run.series(f"time/{name}").value)) for name in names}
     wall, spent = float(run.status["seconds"] or 0.0), sum(parts.values())
     if parts and wall > spent:
         parts["everything else"] = wall - spent
     whole = max(wall, spent)
     ranked = sorted(parts.items(), key=lambda part: -part[1])
-    return tuple(Share(name=name, seconds=seconds, share=seconds / whole) for name, seconds in ranked if whole > 0)
+    return tuple(
+        Share(
+            name=name,
+            seconds=seconds,
+            share=seconds / whole,
+            rate=of_steps(run, f"throughput/{name}", np.median),
+            memory_mib=of_steps(run, f"memory/{name}", np.max),
+            device_mib=of_steps(run, f"memory/device/{name}", np.max),
+        )
+        for name, seconds in ranked
+        if whole > 0
+    )
+
+
+def of_steps(run: Run, metric: str, summary: Callable[..., np.floating]) -> float:
+    """What the finite values of a metric amount to; NaN if it has none."""
+    value = run.series(metric).value
+    finite = value[np.isfinite(value)]
+    return float(summary(finite)) if len(finite) else math.nan
+
+
+def memory(mib: float) -> str:
+    """MiB as a person says them; nothing where it is not known."""
+    if not math.isfinite(mib):
+        return ""
+    return f"{mib / 1024:.1f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"
 
 
 def not_finite(run: Run) -> tuple[str, ...]:

@@ -43,6 +43,11 @@ class _Members:
         return self
 
     @property
+    def num_models(self) -> int:
+        """How many models read each response."""
+        return len(self.members)
+
+    @property
     def units(self) -> str:
         """How the loaded members were calibrated, all alike."""
         return self.members[0].units

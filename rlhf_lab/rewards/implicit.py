@@ -51,6 +51,8 @@ class ImplicitReward:
         self.models = load_frozen(self.policy, **options), load_frozen(self.reference, **options)
         return self
 
+    num_models = 2
+
     @torch.no_grad()
     def score(self, rollout: Rollout) -> Score:
         """(B,) implicit rewards under each prompt's condition."""

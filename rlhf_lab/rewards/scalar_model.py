@@ -42,6 +42,8 @@ class ScalarModel:
         )
         return self
 
+    num_models = 1
+
     @property
     def is_gaussian(self) -> bool:
         """Whether the loaded model says how sure it is."""

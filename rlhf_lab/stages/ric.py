@@ -20,6 +20,7 @@ from rlhf_lab.data.tables import Rows
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import text_batch
 from rlhf_lab.engine import ranks
+from rlhf_lab.engine.accounting import EVALUATION, Account
 from rlhf_lab.engine.forward import policy_forward
 from rlhf_lab.engine.generate import Generator, Sampling
 from rlhf_lab.engine.learner import Learner, Part
@@ -244,20 +245,24 @@ class RiC:
         for place in run.steps(f"iteration {phase}" if phase else "offline", first, end, latest):
             step = place + 1  # step k is the state after k optimiser steps
             torch.manual_seed(derive(run.seed, "dropout", place) + ranks.rank())  # other rows, other masks
-            parts.policy.train()
-            batch = text_batch(parts.template, self._rows(lessons, phase, place - begin, run.seed))
-            forward = partial(policy_forward, parts.policy)
-            part = Part(batch, lambda rows, forward=forward: forward(rows.sequences), self.algorithm.loss)
-            means = learner.update([part], derive(run.seed, "learner", place))
+            account = Account()
+            with account.phase("update"):
+                parts.policy.train()
+                batch = text_batch(parts.template, self._rows(lessons, phase, place - begin, run.seed))
+                forward = partial(policy_forward, parts.policy)
+                part = Part(batch, lambda rows, forward=forward: forward(rows.sequences), self.algorithm.loss)
+                means = learner.update([part], derive(run.seed, "learner", place))
             metrics = {name if name.startswith(("grad_norm", "lr")) else f"loss/{name}": v for name, v in means.items()}
             metrics["episode"] = float(step * self.batch_size)
             if step == begin + 1:
                 metrics |= facts
             if step == end:
                 engine = Generator(parts.policy.eval(), parts.template, self.evaluation_sampling)
-                measured, rows = parts.trade_offs.measure(run, engine, phase, step)
+                with account.phase(EVALUATION):
+                    measured, rows = parts.trade_offs.measure(run, engine, phase, step)
                 metrics |= measured
                 grid += rows
+            metrics |= account.metrics({"update": int(batch.lengths.sum())})
             latest.update(metrics)
             run.log(step, metrics)
             due = step == end or step % self.checkpoint_every == 0

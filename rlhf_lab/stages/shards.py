@@ -8,6 +8,7 @@ from time import perf_counter
 
 from rlhf_lab.data.tables import Rows, write_table
 from rlhf_lab.engine import ranks
+from rlhf_lab.engine.accounting import Account
 from rlhf_lab.engine.checkpoint import DamagedCheckpoint, check_seal, seal
 from rlhf_lab.run import Run
 from rlhf_lab.types import Metrics, Rollout
@@ -80,9 +81,12 @@ def sharded(run: Run, name: str, what: str, makers: Sequence[Callable[[], Shard]
     for k in run.steps(f"{what}, shard", there, len(makers), pace):
         run.pause()
         i = missing[k - there]
-        shard = makers[i]()
+        account = Account()
+        with account.phase("shard"):
+            shard = makers[i]()
         store(run, places[i], {ROWS: shard.rows})
         tokens += shard.tokens
+        pace |= account.metrics({})
         if tokens:
-            pace["time/tokens_per_second"] = tokens / (perf_counter() - begun)
+            pace["throughput/step"] = tokens / (perf_counter() - begun)
     return [run.directory / place / ROWS for place in places]

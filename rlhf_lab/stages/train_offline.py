@@ -13,7 +13,8 @@ from torch import Tensor
 from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import pair_batch, quadruple_batch, ranking_batch, safety_pair_batch, text_batch
-from rlhf_lab.engine import ranks
+from rlhf_lab.engine import out_of_memory, ranks
+from rlhf_lab.engine.accounting import EVALUATION, Account
 from rlhf_lab.engine.average import MovingAverage
 from rlhf_lab.engine.checkpoint import seal
 from rlhf_lab.engine.forward import policy_forward, text_logprobs, text_scores
@@ -197,27 +198,36 @@ class TrainOffline:
         first = self._resume(run, model, learner, guide)
         latest: Metrics = {}
         if bench and first == 0:
-            run.log(0, self._sample(run, bench, model, 0) | {"episode": 0.0})
+            account = Account()
+            with account.phase(EVALUATION):
+                measured = self._sample(run, bench, model, 0)
+            run.log(0, measured | account.metrics({}) | {"episode": 0.0})
         for done in run.steps(self.algorithm.reads, first, total, latest):
             step = done + 1  # step k is the state after k optimiser steps
             epoch, place = divmod(done, steps_per_epoch)
             order = torch.randperm(len(records), generator=generator(run.seed, "order", epoch))
             chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
-            batch = self._guided(guide, lesson.batch(self.algorithm.reads, template, chosen))
-            torch.manual_seed(derive(run.seed, "dropout", done) + ranks.rank())  # other rows, other masks
-            model.train()
-            means = learner.update([self._lesson(model, batch)], derive(run.seed, "learner", done))
-            guide.update(model)
+            account = Account()
+            with account.phase("update"):
+                batch = self._guided(guide, lesson.batch(self.algorithm.reads, template, chosen))
+                torch.manual_seed(derive(run.seed, "dropout", done) + ranks.rank())  # other rows, other masks
+                model.train()
+                part = self._lesson(model, batch)
+                means = learner.update([part], derive(run.seed, "learner", done))
+                guide.update(model)
             metrics = _named(means)
             if isinstance(self.algorithm, Observant):
                 metrics |= self.algorithm.observe(means)
             metrics["episode"] = float(epoch * len(records) + place * self.batch_size + len(chosen))
             last = step == total
             if last or (self.evaluate_every and step % self.evaluate_every == 0):
-                for split, exam in exams.items():
-                    metrics |= {f"eval/{split}/{k}": v for k, v in self._evaluate(model, guide, template, exam).items()}
-                if bench:
-                    metrics |= self._sample(run, bench, model, step)
+                with account.phase(EVALUATION):
+                    for split, exam in exams.items():
+                        found = self._evaluate(model, guide, template, exam)
+                        metrics |= {f"eval/{split}/{name}": value for name, value in found.items()}
+                    if bench:
+                        metrics |= self._sample(run, bench, model, step)
+            metrics |= account.metrics({"update": int(part.batch.lengths.sum())})
             latest.update(metrics)
             run.log(step, metrics)
             due = last or step % self.checkpoint_every == 0
@@ -275,8 +285,9 @@ class TrainOffline:
         guide.model.eval()
         margins = torch.empty(len(batch))
         for index in microbatches(batch.weak.lengths, self.learner.keywords["tokens_at_once"]):
-            weak = batch.weak.select(index).to(guide.model.device)
-            margins[index] = algorithm.weak_margin(text_logprobs(guide.model, weak.texts), weak).cpu()
+            with out_of_memory.reading(batch.weak.lengths[index], self.learner.keywords["tokens_at_once"]):
+                weak = batch.weak.select(index).to(guide.model.device)
+                margins[index] = algorithm.weak_margin(text_logprobs(guide.model, weak.texts), weak).cpu()
         return replace(batch.strong, margin=margins)
 
     def _sample(self, run: Run, bench: Bench, model: "PreTrainedModel", step: int) -> Metrics:
@@ -321,14 +332,23 @@ class TrainOffline:
         counts: dict[str, float] = {}
         for part in ranks.share(list(batches(len(lesson.records), self.batch_size))):
             index = torch.arange(part.start, part.stop)
-            batch = self._guided(guide, lesson.batch(self.algorithm.reads, template, index)).to(model.device)
-            piece = self._part(model, batch)
-            for term in piece.loss(piece.forward(batch), batch):
-                values, count = _total(term, batch)
-                sums[term.name] = sums.get(term.name, 0.0) + values
-                counts[term.name] = counts.get(term.name, 0.0) + count
+            whole = self._guided(guide, lesson.batch(self.algorithm.reads, template, index))
+            for batch in _within(whole, self.learner.keywords["tokens_at_once"]):
+                with out_of_memory.reading(batch.lengths, self.learner.keywords["tokens_at_once"]):
+                    batch = batch.to(model.device)
+                    piece = self._part(model, batch)
+                    for term in piece.loss(piece.forward(batch), batch):
+                        values, count = _total(term, batch)
+                        sums[term.name] = sums.get(term.name, 0.0) + values
+                        counts[term.name] = counts.get(term.name, 0.0) + count
         sums, counts = ranks.sum_by_name(sums), ranks.sum_by_name(counts)
         return _named({name: sums[name] / counts[name] for name in sums})
+
+
+def _within(batch: Any, tokens_at_once: int) -> list[Any]:
+    """The batch as it is, or cut into microbatches where it exceeds the budget."""
+    cuts = microbatches(batch.lengths, tokens_at_once)
+    return [batch] if len(cuts) == 1 else [batch.select(index) for index in cuts]
 
 
 def _total(term: Term, batch: Any) -> tuple[float, float]:

@@ -1,6 +1,5 @@
 """Learning from own samples: generate, score, prepare, update. Every on-policy method runs here."""
 
-import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from rlhf_lab.algorithms.sft import SFT
 from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch, text_batch
+from rlhf_lab.engine.accounting import EVALUATION, Account
 from rlhf_lab.engine.forward import policy_forward
 from rlhf_lab.engine.generate import Generator, Sampling
 from rlhf_lab.engine.learner import Learner, Part, minibatch_count
@@ -183,17 +183,20 @@ class TrainOnline:
         )
         latest: Metrics = {}
         if first == 0:  # step k is the state after k iterations
-            run.log(0, self._evaluate(run, parts, 0) | {"episode": 0.0})
+            account = Account()
+            run.log(0, self._evaluate(run, parts, 0, account) | account.metrics({}) | {"episode": 0.0})
         for iteration in run.steps("step", first, self.steps, latest):
             step = iteration + 1
-            metrics = self._iterate(parts, iteration, run.seed)
+            account = Account()
+            metrics, tokens = self._iterate(parts, iteration, run.seed, account)
             episode += self.batch_size
             metrics["episode"] = float(episode)
             for message in warnings(metrics):
                 run.warn(step, message)
             last = step == self.steps
             if last or (self.evaluate_every and step % self.evaluate_every == 0):
-                metrics |= self._evaluate(run, parts, step)
+                metrics |= self._evaluate(run, parts, step, account)
+            metrics |= account.metrics(tokens)
             latest.update(metrics)
             run.log(step, metrics)
             due = last or step % self.checkpoint_every == 0
@@ -201,27 +204,29 @@ class TrainOnline:
         run.make("policy", lambda folder: save_model(folder, parts.policy, parts.template.tokenizer))
         return run.last
 
-    def _iterate(self, parts: Parts, iteration: int, seed: int) -> Metrics:
-        """One turn of the loop: generate, score, prepare, update."""
-        begun = time.perf_counter()
-        prompts = prompt_batch(parts.template, self._next_prompts(parts.prompts, iteration, seed))
-        rollout = parts.engine.generate(prompts, self.samples_per_prompt, derive(seed, "sampling", iteration))
-        generated = time.perf_counter()
-        scored = parts.scorer.score(rollout)
-        experience, metrics = self.algorithm.prepare(scored)
-        prepared = time.perf_counter()
-        learnt = parts.learner.update(
-            self._losses(parts, experience, iteration, seed), derive(seed, "learner", iteration)
-        )
-        updated = time.perf_counter()
+    def _iterate(self, parts: Parts, iteration: int, seed: int, account: Account) -> tuple[Metrics, Mapping[str, int]]:
+        """One turn of the loop: generate, score, prepare, update.
+
+        Returns:
+            Metrics, and the tokens of each phase: of the responses that were generated; of prompts and responses that
+            were scored, for each model that read them; of what was learnt from, for each time.
+        """
+        with account.phase("rollout"):
+            prompts = prompt_batch(parts.template, self._next_prompts(parts.prompts, iteration, seed))
+            rollout = parts.engine.generate(prompts, self.samples_per_prompt, derive(seed, "sampling", iteration))
+        with account.phase("scoring"):
+            scored = parts.scorer.score(rollout)
+            experience, metrics = self.algorithm.prepare(scored)
+        with account.phase("update"):
+            losses = self._losses(parts, experience, iteration, seed)
+            learnt = parts.learner.update(losses, derive(seed, "learner", iteration))
 
         gold = {name: source.score(rollout) for name, source in parts.gold.items()}
         metrics |= _named(learnt) | rollout_metrics(scored, gold, self.limits, self.algorithm.streams[0])
-        return metrics | {
-            "time/rollout": generated - begun,
-            "time/scoring": prepared - generated,
-            "time/update": updated - prepared,
-            "time/tokens_per_second": scored.response_mask.sum().item() / (updated - begun),
+        return metrics, {
+            "rollout": int(scored.response_mask.sum()),
+            "scoring": int(rollout.sequences.lengths.sum()) * parts.scorer.num_models,
+            "update": sum(int(part.batch.lengths.sum()) for part in losses) * parts.learner.epochs,
         }
 
     def _losses(self, parts: Parts, experience: Experience, iteration: int, seed: int) -> list[Part]:
@@ -260,11 +265,12 @@ class TrainOnline:
         following = [prompts[orders[place // len(prompts)][place % len(prompts)]] for place in places]
         return self.conditions.drawn(following, derive(seed, "conditions", iteration))
 
-    def _evaluate(self, run: Run, parts: Parts, step: int) -> Metrics:
+    def _evaluate(self, run: Run, parts: Parts, step: int, account: Account) -> Metrics:
         """Held-out metrics; every row goes to samples/, a few to the console."""
         engine = Generator(parts.policy, parts.template, self.evaluation_sampling)
         temperature = self.evaluation_sampling.temperature or 1.0
-        metrics, rows = parts.evaluator.evaluate(engine, parts.scorer.without_critics(temperature))
+        with account.phase(EVALUATION):
+            metrics, rows = parts.evaluator.evaluate(engine, parts.scorer.without_critics(temperature))
         run.write_rows(f"samples/step_{step:06d}.jsonl", rows)
         leave_table(run, step, rows, parts.scorer, self.evaluation_sampling)
         shown = [

@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 from pyarrow import parquet
 
+from rlhf_lab.engine.accounting import CLOCKED
 from rlhf_lab.report.run import read_run
 
 # written again and again, or about the process that ran; compared by what they mean
@@ -29,7 +30,7 @@ def entries(runs: Path) -> set[Path]:
 
 def timeless(row: dict[str, Any]) -> dict[str, Any]:
     """A row of metrics without the times that it took."""
-    return {key: value for key, value in row.items() if not key.startswith("time/")}
+    return {key: value for key, value in row.items() if not key.startswith(CLOCKED)}
 
 
 def lines(log: Path) -> list[dict[str, Any]]:

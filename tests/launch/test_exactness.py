@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_lab.engine.accounting import CLOCKED
 from rlhf_lab.launch.compose import ROOT
 from rlhf_lab.launch.execute import RunFailed, execute
 from rlhf_lab.run import is_finished
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.slow
 def metrics(run: Path) -> list[dict]:
     """The lines of a run's log, but for the time that they took."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+    return [{key: value for key, value in line.items() if not key.startswith(CLOCKED)} for line in lines]
 
 
 def assert_same(found: list[dict], expected: list[dict]) -> None:

@@ -10,6 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from rlhf_lab import stopping
+from rlhf_lab.engine.accounting import CLOCKED
 from rlhf_lab.launch.compose import ROOT, Plan
 from rlhf_lab.launch.execute import RunFailed, execute
 from rlhf_lab.run import Run, is_finished
@@ -61,7 +62,7 @@ def methods() -> list[str]:
 def metrics(run: Path) -> list[dict]:
     """The lines of a run's log, but for the time that they took."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+    return [{key: value for key, value in line.items() if not key.startswith(CLOCKED)} for line in lines]
 
 
 def left_behind(run: Path) -> dict[str, object]:

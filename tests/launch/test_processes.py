@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_lab.engine.accounting import CLOCKED
 from rlhf_lab.launch.compose import ROOT
 from rlhf_lab.launch.job import FAILED, FINISHED, REFUSED, STOPPED
 from rlhf_lab.launch.processes import FIRST_PORT, PORTS, Place, per_node
@@ -47,7 +48,7 @@ def started(*arguments: str, by: tuple[str, ...] = ()) -> "subprocess.Popen[str]
 def metrics(directory: Path) -> list[dict[str, float]]:
     """What was measured at each step, but the time that it took."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{key: float(v) for key, v in line.items() if not key.startswith("time/")} for line in lines]
+    return [{key: float(v) for key, v in line.items() if not key.startswith(CLOCKED)} for line in lines]
 
 
 def status(directory: Path) -> dict[str, Any]:

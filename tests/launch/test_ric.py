@@ -12,6 +12,7 @@ from hydra.errors import HydraException
 from pyarrow import parquet
 
 from rlhf_lab.data.reward_conditions import RewardContext, RewardNotation
+from rlhf_lab.engine.accounting import CLOCKED
 from rlhf_lab.launch.execute import RunFailed, execute, preflight
 from rlhf_lab.records import Prompt
 from rlhf_lab.stages.ric import Scored
@@ -70,7 +71,7 @@ def test_a_response_is_learnt_under_its_own_rewards():
 
 def metrics(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+    return [{key: value for key, value in line.items() if not key.startswith(CLOCKED)} for line in lines]
 
 
 def rows(run: Path, name: str) -> list[dict]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_lab.engine.accounting import CLOCKED
 from tests.slurm.cluster import Cluster, wait_until
 
 # smoke runs of the cluster's size; the GPU is pretended, so that nothing may be put on it
@@ -115,7 +116,7 @@ def results(run: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     files = [path for folder in ("samples", "policy") for path in sorted((run / folder).rglob("*")) if path.is_file()]
     return {
-        "metrics": [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines],
+        "metrics": [{key: value for key, value in line.items() if not key.startswith(CLOCKED)} for line in lines],
         **{str(path.relative_to(run)): path.read_bytes() for path in files},
     }
 
