@@ -57,6 +57,28 @@ def test_another_configuration_is_refused_with_the_difference_and_changes_nothin
     open_run(tmp_path).close()  # the first one still may
 
 
+def test_a_microbatch_may_be_cut_smaller_under_way_and_the_sitting_says_so(tmp_path):
+    """What is cut by tokens or by responses in flight wherever it stands, and nothing that only sounds like it."""
+
+    def cut(tokens: int, rows: int) -> dict:
+        sampling = {"batch_size": rows, "temperature": 1.0}
+        stage = {"learner": {"tokens_at_once": tokens}, "rewards": {"helpful": {"tokens_at_once": tokens}}}
+        return {"stage": stage | {"sampling": sampling, "evaluation_sampling": sampling, "batch_size": 4}}
+
+    open_run(tmp_path, **cut(8192, 256)).close()
+    run = open_run(tmp_path, **cut(1024, 16))
+    run.resume()
+    run.close()
+    [sitting] = json.loads((tmp_path / "environment.json").read_text())["sittings"]
+    assert "stage.rewards.helpful.tokens_at_once: 8192 -> 1024" in sitting["differs"]
+    assert "stage.evaluation_sampling.batch_size: 256 -> 16" in sitting["differs"]
+    assert len(sitting["differs"]) == 4
+    other = cut(8192, 256)
+    other["stage"]["batch_size"] = 8  # of an optimiser step
+    with pytest.raises(RunRefused, match=r"\(stage.batch_size: 4 -> 8\)"):
+        open_run(tmp_path, **other)
+
+
 def test_a_run_that_was_to_say_its_price_alone_is_stopped_and_the_asking_one_goes_on_with_it(tmp_path):
     with contextlib.closing(open_run(tmp_path, judge={"dry_run": True})) as run:
         run.leave("18 calls")

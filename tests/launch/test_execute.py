@@ -20,7 +20,14 @@ CONTRACT = {
     *("ensemble/helpful/std", "ensemble/helpful/min", "ensemble/helpful/penalty", "ensemble/helpful/disagreement"),
     *("cost/cost/mean", "cost/cost/frac_violating", "lagrange/cost/lambda", "lagrange/cost/violation"),
     *("lagrange/cost/limit", "gold/helpfulness/mean", "completions/mean_length", "completions/truncated_ratio"),
-    *("lr", "episode", "time/rollout"),
+    *("lr", "episode"),
+    *(f"{what}/{phase}" for what in ("time", "time/share", "memory") for phase in ("rollout", "scoring", "update")),
+    *("time/evaluation", "memory/evaluation", "memory/peak", "throughput/step"),
+    *("throughput/rollout", "throughput/scoring", "throughput/update"),
+}
+OFFLINE_CONTRACT = {
+    *(f"{what}/{phase}" for what in ("time", "time/share", "memory") for phase in ("update", "evaluation")),
+    *("memory/peak", "throughput/update", "throughput/step", "lr", "episode"),
 }
 ALGORITHMS = sorted(path.stem for path in (ROOT / "conf/algorithm").glob("*.yaml"))
 
@@ -44,6 +51,8 @@ def test_every_method_runs_small(algorithm, plan_of, smoke_runs, without_reports
     assert is_finished(smoke_runs / f"method_{algorithm}")
     if algorithm == "ppo_lag":
         assert {*CONTRACT} - last_line(smoke_runs / "method_ppo_lag").keys() == set()
+    if algorithm in ("sft", "dpo", "ric"):
+        assert {*OFFLINE_CONTRACT} - last_line(smoke_runs / f"method_{algorithm}").keys() == set()
 
 
 @pytest.mark.parametrize("experiment", sorted((ROOT / "experiments").rglob("*.yaml")), ids=lambda path: path.stem)

@@ -52,7 +52,9 @@ def finished(runs_dir: Path, name: str, host: str = HERE, factor: float = 1.0, *
     status = {"state": "finished", "seconds": factor * seconds_of(stage), "peak_memory_mib": 700, "host": host}
     (folder / "status.json").write_text(json.dumps(status))
     (folder / "environment.json").write_text(json.dumps({"host": host}))
-    lines = [{"step": step, "time/rollout": factor * PACE} for step in range(1, stage["steps"] + 1)]
+    spent = {"time/rollout": 0.75 * factor * PACE, "time/update": 0.25 * factor * PACE, "time/share/rollout": 0.75}
+    lines = [{"step": step, **spent} for step in range(1, stage["steps"] + 1)]
+    lines[-1] |= {"time/evaluation": factor * EVALUATION, "time/tokens_per_second": 9e9}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return made
 
@@ -75,6 +77,7 @@ def test_the_same_run_under_other_seeds_and_names_is_measured(tmp_path):
     whole = seconds_of(config(tmp_path, "x")["stage"])
     assert (found.trust, found.memory_mib) == ("measured", 700)
     assert (found.least, found.seconds, found.most) == pytest.approx((0.9 * whole, whole, 1.3 * whole))
+    assert found.split == pytest.approx({"rollout": 0.75, "update": 0.25})
 
 
 @pytest.mark.parametrize(("steps", "evaluate_every"), [(160, 20), (8, 4), (40, 0), (80, 40)])

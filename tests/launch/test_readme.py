@@ -1,4 +1,4 @@
-"""Every command of the README composes, and everything it names is there."""
+"""Every command of the README and of the pages beside it composes, and everything they name is there."""
 
 import re
 import shlex
@@ -11,7 +11,8 @@ from rlhf_lab.launch.compose import ROOT, Plan
 from rlhf_lab.launch.main import with_own_data
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+BLOCKS = [block for text in PAGES.values() for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)]
 LINES = [line.split(" #")[0].strip().split("&& ")[-1] for block in BLOCKS for line in block.splitlines()]
 COMMANDS = [line for line in LINES if "launch.py" in line]
 TABLED = [
@@ -36,7 +37,7 @@ def test_the_readme_has_commands_to_check():
     assert "python launch.py algorithm=ppo_lag reward=ensemble_uwo" in COMMANDS
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "--help" not in c and c not in VERBS])
+@pytest.mark.parametrize("command", dict.fromkeys(c for c in COMMANDS if "--help" not in c and c not in VERBS))
 def test_each_command_composes(command: str, plan_of: Callable[..., Plan]):
     words = [filled(word) for word in shlex.split(command)[2:] if word != "-m"]
     plan = plan_of(*with_own_data(words))
@@ -66,5 +67,6 @@ def test_every_file_that_the_readme_names_is_there():
 
 
 def test_every_picture_and_page_is_there():
-    for target in re.findall(r"\[[^]]*]\((?!https)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for page, text in PAGES.items():
+        for target in re.findall(r"\[[^]]*]\((?!https)([^)#]+)", text):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

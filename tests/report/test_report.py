@@ -86,6 +86,8 @@ def online_metrics(num_steps: int) -> list[dict[str, float]]:
             "time/rollout": 0.8,
             "time/scoring": 0.2,
             "time/update": 1.0,
+            "throughput/update": 900.0 + step % 2,
+            "memory/update": 1536.0 if step == 3 else 700.0,
             "lr": 1e-3 * (1 - done),
         }
         if step % 10 == 0 or step == num_steps:
@@ -216,6 +218,13 @@ def test_verdict_and_summary_table_are_the_numbers_of_the_files(finished: Path, 
     assert rows[0][1:] == [f"{before} ± 0.05", f"{after} ± 0.05", f"+{change:.2f} ± {0.053 * 2**0.5:.2f}"]
     elsewhere = logged[-1]["eval/ood_domain/gold/helpfulness/mean"]
     assert rows[1][2] == f"{elsewhere:.2f} ± 0.05"  # a table of its own per split
+
+
+def test_the_page_says_of_each_phase_its_share_its_rate_and_its_memory(page: Page):
+    [update] = [row for row in page.rows if row and row[0] == "update"]
+    assert update[:5] == ["update", "41 s", "16%", "900", "1.5 GiB"]
+    [rollout] = [row for row in page.rows if row and row[0] == "rollout"]
+    assert rollout[3:5] == ["", ""]
 
 
 @pytest.mark.parametrize(
@@ -407,6 +416,8 @@ def test_shares_of_time_add_up_to_the_wall_clock(finished: Path):
     assert parts["update"].seconds == pytest.approx(41.0)
     assert parts["everything else"].seconds == pytest.approx(250 - 41 * 2.0)
     assert sum(part.share for part in parts.values()) == pytest.approx(1.0)
+    assert (parts["update"].rate, parts["update"].memory_mib) == (900.0, 1536.0)  # 20 of the 41 steps are odd
+    assert math.isnan(parts["rollout"].rate)
 
 
 def test_smoothing_keeps_a_straight_line_straight_and_skips_what_is_not_finite():
