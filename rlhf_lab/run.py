@@ -40,7 +40,7 @@ from rlhf_lab.types import Metrics
 # settings that change nothing that a run measures
 INCIDENTAL = (
     *("tracker", "artifacts", "keep_checkpoints", "hardware.threads", "stage.hardware.threads"),
-    *("judge.dry_run", "stage.judge.dry_run"),
+    *("judge.dry_run", "stage.judge.dry_run", "stage.shared_prefixes"),
 )
 # and what the names of others end in, wherever they stand
 INCIDENTAL_ENDS = ("tokens_at_once", "sampling.batch_size")

@@ -1,50 +1,76 @@
 """Model x batch -> Forward: log-probabilities, values and scores at the positions that count; logits never leave."""
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from rlhf_lab.engine.models import Critics
+from rlhf_lab.engine.prefixes import plant, shares_prefixes
 from rlhf_lab.types import PairForward, PolicyForward, QuadrupleForward, ScoreForward, Sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# entries of a float32 slice of logits: 64 MiB; without gradient one is alive at a time, with it autograd keeps them all
+# entries of a float32 slice of logits: 64 MiB, of which one is alive at a time
 LOGITS_AT_ONCE = 2**24
 
 
-def _inputs(sequences: Sequences) -> tuple[dict[str, Tensor], slice]:
-    """Model inputs without the columns that are padding in every row, and which of the T response columns are left."""
+@dataclass(frozen=True)
+class _Layout:
+    """How the rows of a batch are laid before a model, and where its states are then found, all rows end to end."""
+
+    inputs: dict[str, Any]
+    before: Tensor  # (N,) of the token before each of the N response tokens, row by row
+    responses: Tensor  # (N,) of the response tokens themselves
+    ends: Tensor  # (B,) of the last real token of each row
+
+
+def _lay_out(model: "PreTrainedModel", sequences: Sequences) -> _Layout:
+    """One copy of each prompt if the model shares prefixes, else rows side by side without columns of padding alone."""
+    counted = sequences.response_mask
+    if shares_prefixes(model):
+        tree = plant(sequences, model.dtype)
+        return _Layout(tree.inputs(model.dtype), tree.before[counted], tree.responses[counted], tree.ends)
     used = sequences.attention_mask.any(0).nonzero()
     first, last = int(used[0]), int(used[-1]) + 1
+    mask = sequences.attention_mask[:, first:last]
     inputs = {
         "input_ids": sequences.tokens[:, first:last],
-        "attention_mask": sequences.attention_mask[:, first:last],
+        "attention_mask": mask,
         "position_ids": sequences.position_ids[:, first:last],
     }
-    return inputs, slice(0, last - sequences.prompt_width)
+    rows, width = mask.shape
+    starts = torch.arange(rows, device=mask.device) * width
+    row, column = counted.nonzero(as_tuple=True)
+    responses = starts[row] + sequences.prompt_width - first + column
+    return _Layout(inputs, responses - 1, responses, starts + width - 1 - mask.flip(1).int().argmax(1))
 
 
-def _widen(x: Tensor, mask: Tensor, width: int) -> Tensor:
-    """(B, T') -> (B, T), 0 where masked."""
-    padded = x.new_zeros(len(x), width)
-    padded[:, : x.shape[1]] = x.where(mask, 0)
-    return padded
+def _states(trunk: Any, layout: _Layout) -> Tensor:
+    """(tokens, D): what the heads read."""
+    return trunk(**layout.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+
+
+def _widen(x: Tensor, mask: Tensor) -> Tensor:
+    """(N,) of the places where the mask is True -> (B, T), 0 elsewhere."""
+    return x.new_zeros(mask.shape).masked_scatter(mask, x)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probabilities of `tokens` and entropies of their distributions, in float32, a slice of rows at a time.
 
     Args:
-        logits: (B, T, V) in any precision; divided by the temperature in float32, as in sampling.
-        tokens: (B, T) int64.
+        logits: (B, …, V) in any precision; divided by the temperature in float32, as in sampling.
+        tokens: (B, …) int64.
 
     Returns:
-        (B, T) each, in nats; the entropy carries no gradient.
+        (B, …) each, in nats; the entropy carries no gradient.
     """
-    rows = max(1, LOGITS_AT_ONCE // max(1, logits[0].numel()))
+    rows = max(1, LOGITS_AT_ONCE // max(1, logits[:1].numel()))
     chosen, entropies = [], []
     for part, picked in zip(logits.split(rows), tokens.split(rows), strict=True):
         logprobs = (part.float() / temperature).log_softmax(-1)
@@ -54,43 +80,90 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[
     return torch.cat(chosen), torch.cat(entropies)
 
 
+def head_logprobs(head: Any, states: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies of `tokens` (N,) after `states` (N, D), (N,) each.
+
+    Logits above `LOGITS_AT_ONCE` entries are made piece by piece, and once more in the backward pass: autograd keeps
+    states, never logits.
+    """
+
+    def piece(states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return token_logprobs(head(states), tokens, temperature)
+
+    rows = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+    if len(states) <= rows:
+        return piece(states, tokens)
+    keeps = not torch.is_grad_enabled()
+    said = [
+        piece(*part) if keeps else cast("tuple[Tensor, Tensor]", checkpoint(piece, *part, use_reentrant=False))
+        for part in zip(states.split(rows), tokens.split(rows), strict=True)
+    ]
+    return torch.cat([logprobs for logprobs, _ in said]), torch.cat([entropy for _, entropy in said])
+
+
+_plain: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _has_plain_head(model: "PreTrainedModel") -> bool:
+    """Whether the logits are the output embeddings of the states and nothing more, such as a cap or a scale.
+
+    Found by comparing them, to the bit, on the first call.
+    """
+    if model not in _plain:
+        tokens = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+        head = model.get_output_embeddings()
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False}
+        states = model.base_model(**inputs).last_hidden_state
+        _plain[model] = head is not None and torch.equal(head(states), model(**inputs).logits)
+    return _plain[model]
+
+
 def policy_forward(
     model: "PreTrainedModel", sequences: Sequences, *, temperature: float = 1.0, critics: Critics | None = None
 ) -> PolicyForward:
-    """Log-probability and entropy of each response token under `model` at `temperature`, and each critic's value."""
-    inputs, columns = _inputs(sequences)
-    mask = sequences.response_mask[:, columns]
-    width = sequences.response_mask.shape[1]
-    tokens = sequences.tokens[:, sequences.prompt_width :][:, columns]
-    logits = model(**inputs, use_cache=False, logits_to_keep=tokens.shape[1] + 1).logits[:, :-1]
-    logprobs, entropy = token_logprobs(logits, tokens, temperature)
-    values = {} if critics is None else critic_values(critics, sequences)
-    return PolicyForward(_widen(logprobs, mask, width), _widen(entropy, mask, width), values)
+    """Log-probability and entropy of each response token under `model` at `temperature`, and each critic's value.
+
+    Critics on the model's own trunk read the states of the same pass.
+    """
+    layout, mask = _lay_out(model, sequences), sequences.response_mask
+    tokens = sequences.tokens[:, sequences.prompt_width :][mask]
+    values: dict[str, Tensor] = {}
+    if _has_plain_head(model):
+        states = _states(model.base_model, layout).index_select(0, layout.before)
+        logprobs, entropy = head_logprobs(model.get_output_embeddings(), states, tokens, temperature)
+        if critics is not None and critics.shares_trunk:
+            values = _values(critics, states, mask)
+    else:
+        logits = model(**layout.inputs, use_cache=False).logits.flatten(0, 1)
+        logprobs, entropy = token_logprobs(logits.index_select(0, layout.before), tokens, temperature)
+    if critics is not None and not values:
+        values = critic_values(critics, sequences)
+    return PolicyForward(_widen(logprobs, mask), _widen(entropy, mask), values)
 
 
 def critic_values(critics: Critics, sequences: Sequences) -> dict[str, Tensor]:
     """critic -> (B, T): the value of the state before each response token."""
-    inputs, columns = _inputs(sequences)
-    mask = sequences.response_mask[:, columns]
-    hidden = critics.trunk(**inputs, use_cache=False).last_hidden_state[:, -mask.shape[1] - 1 : -1]
-    values = critics.heads(hidden).float()  # (B, T', K)
-    width = sequences.response_mask.shape[1]
-    return {name: _widen(values[..., k], mask, width) for k, name in enumerate(critics.names)}
+    layout = _lay_out(critics.trunk, sequences)
+    states = _states(critics.trunk, layout).index_select(0, layout.before)
+    return _values(critics, states, sequences.response_mask)
+
+
+def _values(critics: Critics, states: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    values = critics.heads(states).float()  # (N, K)
+    return {name: _widen(values[:, k], mask) for k, name in enumerate(critics.names)}
 
 
 def _read(model: "PreTrainedModel", sequences: Sequences, token_scores: bool) -> tuple[Tensor, Tensor]:
     """(B, D) outputs at the last real token of each row, found from the mask and never from pad ids; (B, T) scores."""
-    inputs, columns = _inputs(sequences)
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
-    mask = inputs["attention_mask"]
-    last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
+    layout = _lay_out(model, sequences)
+    states = _states(model.base_model, layout)
     head = model.get_submodule("score")
-    ends = head(hidden[torch.arange(len(hidden)), last]).float()
+    ends = head(states.index_select(0, layout.ends)).float()
     if not token_scores:
         return ends, ends[:, :0]
-    response_mask = sequences.response_mask[:, columns]
-    scores = head(hidden[:, hidden.shape[1] - response_mask.shape[1] :]).float()[..., 0]
-    return ends, _widen(scores, response_mask, sequences.response_mask.shape[1])
+    scores = head(states.index_select(0, layout.responses)).float()[:, 0]
+    return ends, _widen(scores, sequences.response_mask)
 
 
 def raw_outputs(model: "PreTrainedModel", sequences: Sequences) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -26,12 +26,16 @@ class Trainable(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """One loss over one batch. Several parts are summed, each with averages of its own (RL and ptx, say)."""
+    """One loss over one batch. Several parts are summed, each with averages of its own (RL and ptx, say).
+
+    `microbatches` are the rows that this rank computes together, given the batch and a budget of tokens.
+    """
 
     batch: Trainable
     forward: Callable[[Any], Any]
     loss: Callable[[Any, Any], Sequence[Term]]
     weight: float = 1.0
+    microbatches: Callable[[Any, int], list[Tensor]] = own_microbatches
 
 
 def minibatch_count(rows: int, minibatch_size: int) -> int:
@@ -129,10 +133,7 @@ class Learner:
             shuffling = generator(seed, "shuffle", epoch)
             cuts = [torch.randperm(len(part.batch), generator=shuffling).tensor_split(count) for part in parts]
             for i in range(count):
-                step = [
-                    Part(part.batch.select(cut[i]), part.forward, part.loss, part.weight)
-                    for part, cut in zip(parts, cuts, strict=True)
-                ]
+                step = [replace(part, batch=part.batch.select(cut[i])) for part, cut in zip(parts, cuts, strict=True)]
                 for name, value in self._step(step).items():
                     sums[name] = sums.get(name, 0.0) + value / (self.epochs * count)
         return sums
@@ -148,7 +149,7 @@ class Learner:
         mask = getattr(part.batch, "token_mask", None)
         counts = {"row": rows, "token": 0 if mask is None else int(mask.sum())}
         means: dict[str, float] = {}
-        for index in own_microbatches(part.batch.lengths, self.tokens_at_once):
+        for index in part.microbatches(part.batch, self.tokens_at_once):
             with out_of_memory.reading(part.batch.lengths[index], self.tokens_at_once):
                 microbatch = part.batch.select(index).to(device)
                 total = torch.zeros((), device=device)

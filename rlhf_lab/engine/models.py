@@ -25,6 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CALIBRATION = "score_calibration"
 SCORE = ("score",)  # the outputs of a value model's head
 NONE_NEW: Mapping[str, int] = MappingProxyType({})
+SHARED = "shared"  # model.critic: value heads on the policy's own trunk
 LEARNT = "float32"  # of what learns, and of what it is compared with: steps of 1e-5 round away in bfloat16
 
 
@@ -40,7 +41,7 @@ class ModelPaths:
     base: str  # before any fine-tuning
     policy: str  # what is trained, or what samples
     reference: str  # what the KL is measured against
-    critic: str  # trunk of the value heads
+    critic: str  # trunk of the value heads; `shared`: the policy's own, which then learns from both losses
     learning_rates: Mapping[str, float]
     new_tokens: Sequence[str] = ()
     frozen_layers: Fraction = 0.0
@@ -274,11 +275,20 @@ class Critics(nn.Module):
     """State values of several streams: one trunk, one linear head per stream.
 
     The heads start at zero, so the first advantages are the returns themselves and no random value leaks into them.
+
+    Args:
+        shares_trunk: the trunk is the policy's, so the parameters here are the heads alone.
     """
 
-    def __init__(self, trunk: "PreTrainedModel", names: tuple[str, ...]) -> None:
+    trunk: "PreTrainedModel"
+
+    def __init__(self, trunk: "PreTrainedModel", names: tuple[str, ...], *, shares_trunk: bool = False) -> None:
         super().__init__()
-        self.trunk, self.names = trunk, names
+        self.names, self.shares_trunk = names, shares_trunk
+        if shares_trunk:
+            self.__dict__["trunk"] = trunk  # past nn.Module, which would count it among the parameters
+        else:
+            self.trunk = trunk
         # what the language-model head would read: as wide as the embeddings, also where the layers are wider (OPT)
         width = cast(Tensor, trunk.get_input_embeddings().weight).shape[1]
         self.heads = nn.Linear(width, len(names), dtype=trunk.dtype)
@@ -304,6 +314,11 @@ def load_critics(
         trunk = transformers.AutoModel.from_pretrained(path, **_options(DTYPES[dtype]))
     _widen(trunk, path, new_tokens)
     return Critics(trunk, names).to(device).eval()
+
+
+def shared_critics(policy: "PreTrainedModel", names: tuple[str, ...]) -> Critics:
+    """Value heads on the policy's own trunk."""
+    return Critics(cast("PreTrainedModel", policy.base_model), names, shares_trunk=True).to(policy.device).eval()
 
 
 def save_model(

@@ -1,7 +1,7 @@
 """Rollout -> ScoredRollout: every reward source, the reference and the critics, once and without gradient."""
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from rlhf_lab.engine import out_of_memory, ranks
 from rlhf_lab.engine.forward import critic_values, policy_forward
 from rlhf_lab.engine.models import Critics
+from rlhf_lab.engine.prefixes import shares_prefixes, siblings
 from rlhf_lab.interfaces import RewardSource
 from rlhf_lab.types import Rollout, ScoredRollout, Sequences
 
@@ -16,27 +17,88 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class HasLengths(Protocol):
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int64, real tokens of each row."""
+        ...
+
+
 def by_length(
-    sequences: Sequences, tokens_at_once: int, device: torch.device, compute: Callable[[Sequences], Tensor]
+    sequences: Sequences,
+    tokens_at_once: int,
+    device: torch.device,
+    compute: Callable[[Sequences], Tensor],
+    *,
+    together: bool = False,
 ) -> Tensor:
     """Apply `compute` ((b, …) rows -> (b, …)) to rows of similar length together, within a token budget.
 
     Returns the results in the order of the rows, on the CPU. Each rank computes its share of the rows.
+
+    Args:
+        together: rows that answer one prompt stay together, for a model that shares prefixes; a prompt counts once.
     """
-    parts = own_microbatches(sequences.lengths, tokens_at_once)
+    parts = (own_family_microbatches if together else own_microbatches)(sequences, tokens_at_once)
+    if together:
+        units, world = families(sequences), ranks.world()
+        order = torch.cat([rows for one in range(world) for rows in units[one::world]])
+    else:
+        order = ranks.dealt(sequences.lengths.argsort(stable=True))
     mine: list[Tensor] = []
     for part in parts:
         with out_of_memory.reading(sequences.lengths[part], tokens_at_once):
             mine.append(compute(sequences.select(part).to(device)).cpu())
     results = ranks.gather_rows(torch.cat(mine) if mine else None)
-    order = ranks.dealt(sequences.lengths.argsort(stable=True))
     return torch.empty_like(results).index_copy_(0, order, results)
 
 
-def own_microbatches(lengths: Tensor, tokens_at_once: int) -> list[Tensor]:
+def families(sequences: Sequences) -> list[Tensor]:
+    """The rows that answer each prompt, the least work first."""
+    _, parent = siblings(sequences)
+    order = parent.argsort(stable=True)
+    rows = list(order.split(parent.bincount().tolist()))
+    lengths = sequences.lengths
+    return sorted(rows, key=lambda family: int(lengths[family].sum()))
+
+
+def family_microbatches(sequences: Sequences, units: Sequence[Tensor], tokens_at_once: int) -> list[Tensor]:
+    """Cut families into microbatches of at most as many tokens, each prompt counted once in each.
+
+    A family that is larger is cut, which repeats its prompt; a row that is larger stands alone.
+    """
+    responses = sequences.attention_mask[:, sequences.prompt_width :].sum(1).tolist()
+    prompts = sequences.attention_mask[:, : sequences.prompt_width].sum(1).tolist()
+    groups: list[list[int]] = []
+    room = 0
+    for family in units:
+        rows = family.tolist()
+        need = prompts[rows[0]] + sum(responses[row] for row in rows)
+        if need <= room:  # the usual case: all of it fits
+            groups[-1] += rows
+            room -= need
+            continue
+        groups.append([])
+        room = tokens_at_once - prompts[rows[0]]
+        for row in rows:
+            if groups[-1] and responses[row] > room:
+                groups.append([])
+                room = tokens_at_once - prompts[row]
+            groups[-1].append(row)
+            room -= responses[row]
+    return [torch.tensor(group) for group in groups]
+
+
+def own_microbatches(rows: HasLengths, tokens_at_once: int) -> list[Tensor]:
     """The microbatches of this rank's share of the rows; perhaps none. Alone: those of all rows."""
+    lengths = rows.lengths
     mine = ranks.share(lengths.argsort(stable=True))
     return [mine[group] for group in microbatches(lengths[mine], tokens_at_once)]
+
+
+def own_family_microbatches(sequences: Sequences, tokens_at_once: int) -> list[Tensor]:
+    """Those of this rank's share of the prompts, for a model that shares prefixes."""
+    return family_microbatches(sequences, ranks.share(families(sequences)), tokens_at_once)
 
 
 def microbatches(lengths: Tensor, tokens_at_once: int) -> list[Tensor]:
@@ -88,7 +150,11 @@ class Scorer:
         values: dict[str, Tensor] = {}
         if critics is not None:
             stacked = by_length(
-                sequences, budget, device, lambda part: torch.stack([*critic_values(critics, part).values()], -1)
+                sequences,
+                budget,
+                device,
+                lambda part: torch.stack([*critic_values(critics, part).values()], -1),
+                together=shares_prefixes(critics.trunk),
             )
             values = {name: stacked[..., k] for k, name in enumerate(critics.names)}
         return ScoredRollout(
@@ -99,6 +165,7 @@ class Scorer:
                 budget,
                 device,
                 lambda part: policy_forward(self.reference, part, temperature=self.temperature).logprobs,
+                together=shares_prefixes(self.reference),
             ),
             values=values,
         )

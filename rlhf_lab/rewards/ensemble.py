@@ -1,7 +1,7 @@
 """An ensemble of reward models is a source made of sources; its members' scores stay beside the aggregate."""
 
 from collections.abc import Collection, Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 
@@ -10,6 +10,9 @@ from rlhf_lab.engine.models import Hardware
 from rlhf_lab.interfaces import Aggregate, GaussianAggregate
 from rlhf_lab.rewards.scalar_model import ScalarModel
 from rlhf_lab.types import Count, Rollout, Score
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class _Members:
@@ -46,6 +49,11 @@ class _Members:
     def num_models(self) -> int:
         """How many models read each response."""
         return len(self.members)
+
+    @property
+    def models(self) -> tuple["PreTrainedModel", ...]:
+        """What was loaded."""
+        return tuple(model for member in self.members for model in member.models)
 
     @property
     def units(self) -> str:

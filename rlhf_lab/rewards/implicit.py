@@ -10,6 +10,7 @@ from rlhf_lab.data.templates import Style, Template
 from rlhf_lab.data.tokenise import sequences
 from rlhf_lab.engine.forward import policy_forward
 from rlhf_lab.engine.models import LEARNT, Hardware, check_path, load_frozen, load_tokenizer
+from rlhf_lab.engine.prefixes import shares_prefixes
 from rlhf_lab.engine.score import by_length
 from rlhf_lab.types import Count, Positive, Rollout, Score, Sequences
 
@@ -62,5 +63,7 @@ class ImplicitReward:
             learnt, began = (policy_forward(model, part).sequence_logprobs for model in self.models)
             return self.beta * (learnt - began)
 
-        value = by_length(read, self.tokens_at_once, self.models[0].device, ratio)
+        value = by_length(
+            read, self.tokens_at_once, self.models[0].device, ratio, together=all(map(shares_prefixes, self.models))
+        )
         return Score(value=value, members=value[:, None])

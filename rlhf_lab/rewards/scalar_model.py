@@ -1,7 +1,7 @@
 """A trained reward or cost model as a source of scores, whatever tokenizer and template it was trained with."""
 
 from collections.abc import Collection
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 
@@ -9,8 +9,12 @@ from rlhf_lab.data.templates import Style, Template
 from rlhf_lab.data.tokenise import sequences
 from rlhf_lab.engine.forward import raw_outputs
 from rlhf_lab.engine.models import Hardware, check_path, load_scorer, load_tokenizer
+from rlhf_lab.engine.prefixes import shares_prefixes
 from rlhf_lab.engine.score import by_length
 from rlhf_lab.types import GAUSSIAN, Count, Rollout, Score
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class ScalarModel:
@@ -45,6 +49,11 @@ class ScalarModel:
     num_models = 1
 
     @property
+    def models(self) -> tuple["PreTrainedModel", ...]:
+        """What was loaded."""
+        return (self.model,)
+
+    @property
     def is_gaussian(self) -> bool:
         """Whether the loaded model says how sure it is."""
         return self.model.config.num_labels == len(GAUSSIAN)
@@ -62,7 +71,13 @@ class ScalarModel:
         if not self.reads_tokens or conditioned or self.condition:
             asked = [prompt.plain.conditioned(self.condition, {}) for prompt in rollout.prompts]
             read = sequences(self.template, asked, rollout.responses, rollout.finished.tolist())
-        raw = by_length(read, self.tokens_at_once, self.model.device, lambda part: raw_outputs(self.model, part))
+        raw = by_length(
+            read,
+            self.tokens_at_once,
+            self.model.device,
+            lambda part: raw_outputs(self.model, part),
+            together=shares_prefixes(self.model),
+        )
         value = self.calibration(raw[:, 0])
         variances = (self.calibration.variance(raw[:, 1:].exp()),) if self.is_gaussian else ()
         return Score(value=value, members=value[:, None], variances=variances)

@@ -3,10 +3,10 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_lab.algorithms.sft import SFT
@@ -19,6 +19,7 @@ from rlhf_lab.engine.generate import Generator, Sampling
 from rlhf_lab.engine.learner import Learner, Part, minibatch_count
 from rlhf_lab.engine.models import (
     LEARNT,
+    SHARED,
     Critics,
     Hardware,
     ModelPaths,
@@ -32,8 +33,10 @@ from rlhf_lab.engine.models import (
     parameters_of,
     restore_parameters,
     save_model,
+    shared_critics,
 )
-from rlhf_lab.engine.score import Scorer
+from rlhf_lab.engine.prefixes import share_prefixes, shares_prefixes
+from rlhf_lab.engine.score import Scorer, own_family_microbatches, own_microbatches
 from rlhf_lab.evaluation.evaluator import Evaluator, leave_table, under_conditions
 from rlhf_lab.evaluation.metrics import rollout_metrics, warnings
 from rlhf_lab.interfaces import Conditions, OnlineAlgorithm, RewardSource
@@ -75,6 +78,8 @@ class TrainOnline:
         costs: names of those for which higher is worse.
         steps: iterations of the loop.
         prompts_per_step, samples_per_prompt: their product is the batch.
+        shared_prefixes: "auto": models compute a prompt once for all responses to it, forward and backward, where they
+            can and there are several. Changes memory and speed only.
         conditions: what the policy is told beside each request, in training and held-out evaluation.
         demonstrations: data of the ptx term, or null.
         ptx_coef: weight of the likelihood of demonstrations beside the RL loss (Ouyang et al. 2022, eq. 2); 0: none.
@@ -97,6 +102,7 @@ class TrainOnline:
         steps: Count,
         prompts_per_step: Count,
         samples_per_prompt: Count,
+        shared_prefixes: Literal["auto", "off"],
         conditions: Conditions,
         demonstrations: Dataset | None,
         ptx_coef: NonNegative,
@@ -110,7 +116,7 @@ class TrainOnline:
         self.sampling, self.evaluation_sampling = sampling, evaluation_sampling
         self.learner, self.hardware, self.steps = learner, hardware, steps
         self.prompts_per_step, self.samples_per_prompt = prompts_per_step, samples_per_prompt
-        self.conditions = conditions
+        self.shared_prefixes, self.conditions = shared_prefixes, conditions
         self.demonstrations, self.ptx_coef = demonstrations, ptx_coef
         self.evaluate_every, self.checkpoint_every = evaluate_every, checkpoint_every
 
@@ -126,7 +132,7 @@ class TrainOnline:
 
     def check(self, promised: Collection[str] = ()) -> None:
         """Refuse what cannot work, before anything is loaded; `promised` paths will be there by then."""
-        for role in ("policy", "reference", "critic"):
+        for role in ("policy", "reference", *(["critic"] if self.model.critic != SHARED else [])):
             check_path(getattr(self.model, role), f"model.{role}", promised)
         self.dataset.check(promised)
         if self.demonstrations is not None:
@@ -236,7 +242,11 @@ class TrainOnline:
             sequences = batch.scored.rollout.sequences
             return policy_forward(parts.policy, sequences, temperature=self.sampling.temperature, critics=parts.critics)
 
-        losses = [Part(experience, forward, self._loss)]
+        def families(batch: Experience, tokens_at_once: int) -> list[Tensor]:
+            return own_family_microbatches(batch.scored.rollout.sequences, tokens_at_once)
+
+        cut = families if shares_prefixes(parts.policy) else own_microbatches
+        losses = [Part(experience, forward, self._loss, microbatches=cut)]
         if parts.demonstrations:
             order = torch.randperm(len(parts.demonstrations), generator=generator(seed, "ptx", iteration))
             batch = text_batch(parts.template, [parts.demonstrations[i] for i in order[: self.batch_size].tolist()])
@@ -299,7 +309,11 @@ class TrainOnline:
         prompts, held_out = self._prompts(run, template, demonstrations)
         policy = load_policy(self.model.policy, dtype=LEARNT, **options)
         names = tuple(self.algorithm.critics)
-        critics = load_critics(self.model.critic, names, dtype=LEARNT, **options) if names else None
+        critics = None
+        if names and self.model.critic == SHARED:
+            critics = shared_critics(policy, names)
+        elif names:
+            critics = load_critics(self.model.critic, names, dtype=LEARNT, **options)
         for trunk in (policy, *([] if critics is None else [critics.trunk])):
             freeze(trunk, self.model.frozen_layers)
         modules = {"policy": policy} if critics is None else {"policy": policy, "critic": critics}
@@ -314,6 +328,8 @@ class TrainOnline:
             tokens_at_once=learner.tokens_at_once,
         )
         self._warn_of_units(run)
+        if self.shared_prefixes == "auto" and self.samples_per_prompt > 1:
+            self._share_prefixes(run, policy, scorer)
         gold = {name: Gold(measure) for name, measure in self.dataset.gold.items()}
         return Parts(
             template=template,
@@ -327,6 +343,20 @@ class TrainOnline:
             gold=gold,
             evaluator=Evaluator(held_out, gold, template, run.seed),
         )
+
+    def _share_prefixes(self, run: Run, policy: PreTrainedModel, scorer: Scorer) -> None:
+        """Have every model of the run compute a prompt once for all responses to it, and say which one does not."""
+        trunks = {"model.policy": policy, "model.reference": scorer.reference}
+        if scorer.critics is not None:
+            trunks["model.critic"] = scorer.critics.trunk
+        for name, source in self.rewards.items():
+            for i, model in enumerate(getattr(source, "models", ())):
+                trunks[f"model {i} of reward.sources.{name}"] = model
+        for name, model in trunks.items():
+            try:
+                share_prefixes(model)
+            except ValueError as reason:
+                run.console.say(f"{name} reads each prompt once per response: {reason}")
 
     def _warn_of_units(self, run: Run) -> None:
         """Say of loaded sources if their scores are put to a use that they have no units for.

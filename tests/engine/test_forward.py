@@ -114,18 +114,69 @@ def test_columns_that_are_padding_in_every_row_are_not_computed(
 ):
     model = policy_of(hf_folder("llama"))
     sequences, prompts, responses = ragged(model.config.vocab_size, 3)
-    seen: list[tuple[int, int]] = []
-    plain = model.forward
+    policy_forward(model, sequences)  # the first call looks at the model itself
+    seen: list[int] = []
+    trunk, head = model.base_model.forward, model.get_submodule("lm_head")
 
     def spy(**inputs: torch.Tensor):
-        output = plain(**inputs)
-        seen.append((inputs["input_ids"].shape[1], output.logits.shape[1]))
-        return output
+        seen.append(inputs["input_ids"].shape[1])
+        return trunk(**inputs)
 
-    monkeypatch.setattr(model, "forward", spy)
+    monkeypatch.setattr(model.base_model, "forward", spy)
+    head.register_forward_hook(lambda _, inputs, logits: seen.append(len(logits)))
     policy_forward(model, wider(sequences, 6, 8))
-    longest = max(map(len, responses))
-    assert seen == [(max(map(len, prompts)) + longest, longest + 1)]
+    assert seen == [max(map(len, prompts)) + max(map(len, responses)), sum(map(len, responses))]
+
+
+def family(name: str) -> transformers.PreTrainedModel:
+    """Models whose logits are more than their output embeddings."""
+    shape = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.25, "head_dim": 8,
+             "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+    config = {
+        "gemma2": lambda: transformers.Gemma2Config(**shape, final_logit_softcapping=2.0, sliding_window=64),
+        "cohere": lambda: transformers.CohereConfig(**shape, logit_scale=0.25),
+        "granite": lambda: transformers.GraniteConfig(**shape, logits_scaling=4.0),
+    }[name]()
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("name", ["gemma2", "cohere", "granite"])
+def test_logits_that_are_capped_or_scaled_stay_so(name: str, ragged: Ragged):
+    model = family(name)
+    sequences, prompts, responses = ragged(60, 4)
+    head, states = model.get_submodule("lm_head"), model.base_model(input_ids=torch.tensor([prompts[0]]))
+    bare = head(states.last_hidden_state)
+    assert not torch.allclose(bare, model(input_ids=torch.tensor([prompts[0]])).logits)
+    with torch.no_grad():
+        found = policy_forward(model, sequences)
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+            expected = torch.distributions.Categorical(logits=logits).log_prob(torch.tensor(response))
+            close(found.logprobs[i, : len(response)], expected)
+
+
+def test_gradients_of_logits_made_in_pieces_are_those_of_the_whole(
+    hf_folder: Folder, ragged: Ragged, monkeypatch: pytest.MonkeyPatch
+):
+    model = policy_of(hf_folder("llama"))
+    sequences, _, _ = ragged(model.config.vocab_size, 6)
+    made: list[int] = []
+    model.get_submodule("lm_head").register_forward_hook(lambda _, inputs, logits: made.append(len(logits)))
+
+    def gradient() -> list[torch.Tensor]:
+        model.zero_grad()
+        policy_forward(model, sequences).logprobs.square().sum().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    whole = gradient()
+    made.clear()
+    monkeypatch.setattr(forward, "LOGITS_AT_ONCE", 5 * model.config.vocab_size)
+    close(gradient(), whole)
+    tokens = int(sequences.response_mask.sum())
+    assert max(made) == 5
+    assert sum(made) == 2 * tokens  # once forward, once more backward
 
 
 @pytest.mark.parametrize("entries", [1, 40, 100, 10**6])
