@@ -14,6 +14,7 @@ Rows = list[dict[str, Any]]
 
 # bytes of one line: a row of a megabyte is a long book, one of sixteen is a file that lost its line ends
 LONGEST_LINE = 16 * 2**20
+AS_UTF8 = "write the file as UTF-8, for instance with: iconv -f latin1 -t utf-8"
 
 # names of columns that hold texts, and numbers only by their look
 TEXTS = (
@@ -46,8 +47,7 @@ def _text_of(line: bytes, number: int) -> str:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"line {number} is not UTF-8 (byte {error.start}: 0x{line[error.start]:02x}); write the file as UTF-8, "
-            "for instance with: iconv -f latin1 -t utf-8"
+            f"line {number} is not UTF-8 (byte {error.start}: 0x{line[error.start]:02x}); {AS_UTF8}"
         ) from error
 
 
@@ -87,7 +87,7 @@ def _read_json(file: Path, texts: Collection[str], longest: int) -> Rows:
     try:
         rows = json.loads(file.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start} is not UTF-8; write the file as UTF-8") from error
+        raise ValueError(f"byte {error.start} is not UTF-8; {AS_UTF8}") from error
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"it is no JSON list, or a half-written one ({error}); write it again") from error
     for i, row in enumerate(rows):
@@ -111,7 +111,8 @@ def _read_csv(file: Path, texts: Collection[str], longest: int) -> Rows:
             raise ValueError(
                 f"a row is longer than {longest:,} bytes, or a quotation mark is not closed; look for a lone '\"'"
             ) from error
-        raise ValueError(f"{str(error).splitlines()[0][:200]}; mend that row, or quote the texts") from error
+        remedy = AS_UTF8 if "invalid UTF8" in str(error) else "mend that row, or quote the texts"
+        raise ValueError(f"{str(error).splitlines()[0][:200]}; {remedy}") from error
     names = table.column_names
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"its columns {twice} are there twice; name each column differently")

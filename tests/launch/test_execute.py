@@ -1,4 +1,4 @@
-"""Whole runs at toy size: every method and experiment, a person's own data and models, and how a run ends badly."""
+"""Whole runs at toy size: every experiment, a person's own data and models, and how a run ends badly."""
 
 import fcntl
 import json
@@ -13,24 +13,6 @@ from rlhf_lab.run import RunRefused, is_finished
 
 pytestmark = pytest.mark.slow
 
-CONTRACT = {
-    *("objective/kl", "objective/scores", "objective/rlhf_reward", "objective/entropy", "policy/approxkl_avg"),
-    *("policy/clipfrac_avg", "policy/entropy_avg", "loss/policy_avg", "loss/value_avg", "val/ratio"),
-    *("val/num_eos_tokens", "rewards/helpful/mean", "rewards/helpful/std", "ensemble/helpful/mean"),
-    *("ensemble/helpful/std", "ensemble/helpful/min", "ensemble/helpful/penalty", "ensemble/helpful/disagreement"),
-    *("cost/cost/mean", "cost/cost/frac_violating", "lagrange/cost/lambda", "lagrange/cost/violation"),
-    *("lagrange/cost/limit", "gold/helpfulness/mean", "completions/mean_length", "completions/truncated_ratio"),
-    *("lr", "episode"),
-    *(f"{what}/{phase}" for what in ("time", "time/share", "memory") for phase in ("rollout", "scoring", "update")),
-    *("time/evaluation", "memory/evaluation", "memory/peak", "throughput/step"),
-    *("throughput/rollout", "throughput/scoring", "throughput/update"),
-}
-OFFLINE_CONTRACT = {
-    *(f"{what}/{phase}" for what in ("time", "time/share", "memory") for phase in ("update", "evaluation")),
-    *("memory/peak", "throughput/update", "throughput/step", "lr", "episode"),
-}
-ALGORITHMS = sorted(path.stem for path in (ROOT / "conf/algorithm").glob("*.yaml"))
-
 
 def last_line(run: Path) -> dict:
     return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
@@ -43,16 +25,6 @@ def questions(tmp_path) -> Path:
     rows = [{"prompt": prompt} for prompt in prompts] + [{"prompt": [prompt, "ride it", "why ?"]} for prompt in prompts]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path / "questions.jsonl"
-
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_every_method_runs_small(algorithm, plan_of, smoke_runs, without_reports):
-    execute(plan_of(f"algorithm={algorithm}", "debug=smoke", f"runs_dir={smoke_runs}", f"name=method_{algorithm}"))
-    assert is_finished(smoke_runs / f"method_{algorithm}")
-    if algorithm == "ppo_lag":
-        assert {*CONTRACT} - last_line(smoke_runs / "method_ppo_lag").keys() == set()
-    if algorithm in ("sft", "dpo", "ric"):
-        assert {*OFFLINE_CONTRACT} - last_line(smoke_runs / f"method_{algorithm}").keys() == set()
 
 
 @pytest.mark.parametrize("experiment", sorted((ROOT / "experiments").rglob("*.yaml")), ids=lambda path: path.stem)
