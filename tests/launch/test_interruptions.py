@@ -29,7 +29,7 @@ IN_PIECES = {
     "stage.pairs_per_shard": "32",
     "stage.grid": "3",
 }
-METHODS = sorted(path.stem for path in (ROOT / "conf/algorithm").glob("*.yaml"))
+METHODS = sorted({path.stem for path in (ROOT / "conf/algorithm").glob("*.yaml")} - {"best_of_n", "soup"})  # in pieces
 # what runs of PPO-Lagrangian log, and those that do not sample, whatever reads it
 CONTRACT = {
     *("objective/kl", "objective/scores", "objective/rlhf_reward", "objective/entropy", "policy/approxkl_avg"),
