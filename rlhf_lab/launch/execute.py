@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-import yaml
 from hydra.utils import instantiate
 
 from rlhf_lab import stopping
@@ -23,7 +22,7 @@ from rlhf_lab.interfaces import Tracker
 from rlhf_lab.judges.price import DryRun
 from rlhf_lab.launch.check import BadConfig
 from rlhf_lab.launch.compose import ROOT, Plan, in_order
-from rlhf_lab.run import Run, RunRefused, difference, is_finished, leftovers, sweep_up, telling
+from rlhf_lab.run import Run, RunRefused, difference, is_finished, leftovers, read_config, sweep_up, telling
 from rlhf_lab.stopping import Stopped
 from rlhf_lab.types import Metrics
 
@@ -64,7 +63,7 @@ def preflight(plan: Plan, sound: set[Path] | None = None) -> None:
 def _check_artifact(plan: Plan, policy: str) -> None:
     """Refuse an artifact that is not there and must not be built, or that is there with another configuration."""
     if is_finished(plan.directory):
-        stored = yaml.safe_load((plan.directory / "config.yaml").read_text())
+        stored = read_config(plan.directory / "config.yaml")
         ours = {key: value for key, value in plan.config.items() if key not in _INCIDENTAL}
         theirs = {key: value for key, value in stored.items() if key not in _INCIDENTAL}
         changed = [line for line in telling(difference(theirs, ours)) if ".hardware." not in line]

@@ -19,7 +19,7 @@ import yaml
 from rlhf_lab.engine.checkpoint import append_line, write_atomically
 from rlhf_lab.launch.check import near
 from rlhf_lab.launch.compose import Plan, in_order, key_of
-from rlhf_lab.run import INCIDENTAL, RunRefused, difference
+from rlhf_lab.run import INCIDENTAL, RunRefused, difference, read_config
 
 SUBMISSION = "submission"  # inside the directory of a single run: what a sweep has in its own
 SEEDS = ("seed", "artifact_seed")
@@ -244,7 +244,7 @@ def refuse_taken(plans: Sequence[Plan]) -> None:
 def _refuse_another(plan: Plan) -> None:
     frozen = plan.directory / "config.yaml"
     if frozen.exists():
-        changed = list(difference(yaml.safe_load(frozen.read_text()), plan.config))
+        changed = list(difference(read_config(frozen), plan.config))
         changed = [line for line in changed if not line.startswith(INCIDENTAL)]
         if changed:
             raise RunRefused(

@@ -18,9 +18,18 @@ from rlhf_lab.stopping import SIGNALS, Stopped
 
 pytestmark = pytest.mark.slow
 
+# held-out responses to one split are most of the time of a run; "two_costs" has two
 TRAINED = {
-    "TrainOnline": ["stage.steps=5", "stage.checkpoint_every=2", "stage.evaluate_every=4"],
-    "TrainOffline": ["stage.epochs=3", "stage.checkpoint_every=2", "stage.evaluate_every=4"],
+    "TrainOnline": [
+        "stage.steps=5",
+        "stage.checkpoint_every=2",
+        "stage.evaluate_every=4",
+        "dataset.eval_splits=[test]",
+    ],
+    "TrainOffline": [
+        *("stage.epochs=3", "stage.checkpoint_every=2", "stage.evaluate_every=4"),
+        "evaluation_dataset.eval_splits=[test]",
+    ],
     "RiC": ["stage.checkpoint_every=2"],
 }
 IN_PIECES = {
@@ -50,7 +59,10 @@ OFFLINE_CONTRACT = {
 # settings with a state of their own, which no method has by default
 SETTINGS = {
     "pid": ["algorithm=ppo_lag", "dual=pid", "kl=adaptive", "constraint.cost.delay=1"],
-    "two_costs": ["algorithm=ppo_lag", "constraint=two_costs", "reward=ensemble_mean"],
+    "two_costs": [
+        *("algorithm=ppo_lag", "constraint=two_costs", "reward=ensemble_mean"),
+        "dataset.eval_splits=[test,ood_items]",
+    ],
     "bootstrap": ["algorithm=ci_lag", "bound=bootstrap", "kl=adaptive"],
     "chi2": ["algorithm=grpo", "kl=chi2"],
     "in_loss": ["algorithm=rloo", "kl=in_loss", "learner.epochs=2"],
