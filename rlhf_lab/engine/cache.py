@@ -52,7 +52,7 @@ class InPlaceCache:
     def __init__(self, read: transformers.DynamicCache, slots: int, columns: int) -> None:
         layers = []
         for layer in read.layers:
-            pair = [x.new_empty(slots, x.shape[1], columns, x.shape[3]) for x in (layer.keys, layer.values)]
+            pair = [x.new_zeros(slots, x.shape[1], columns, x.shape[3]) for x in (layer.keys, layer.values)]
             layers.append(InPlaceLayer(*pair))
         self.cache = transformers.Cache(layers=layers)
         self.layers, self.columns = layers, columns

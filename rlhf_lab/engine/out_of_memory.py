@@ -14,10 +14,11 @@ from torch import Tensor
 
 from rlhf_lab.engine.high_water import held
 
-# what an allocator says that has no type of its own for it: torch on CPU, CUDA's libraries, C++, the kernel
+# what an allocator says that has no type of its own for it: torch on CPU, CUDA's libraries, C++, the kernel; and
+# Python, where no memory was left for the error itself
 _SAID = re.compile(
     r"can't allocate memory|cannot allocate memory|out of memory|not enough memory|bad_alloc|ALLOC_FAILED"
-    r"|MemoryAllocation",
+    r"|MemoryAllocation|error return without exception set",
     re.IGNORECASE,
 )
 _ASKED = re.compile(r"(?:tried to allocate|allocate|alloc)\s+([\d.]+)\s*(bytes|[KMGT]i?B)", re.IGNORECASE)
@@ -54,7 +55,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and bool(_SAID.search(str(error)))
+    return isinstance(error, RuntimeError | SystemError) and bool(_SAID.search(str(error)))
 
 
 def asked(error: BaseException) -> int:
@@ -98,7 +99,8 @@ def reading(lengths: Tensor, tokens_at_once: int) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         rows, longest = len(lengths), int(lengths.max())
-        smaller = max(longest, rows * longest // 2)
+        # where rows share a prompt, it counts once, and more rows fit a budget
+        smaller = max(longest, min(rows * longest, tokens_at_once) // 2)
         found = f"{rows} sequences of up to {longest} tokens at once ({BUDGET}={tokens_at_once})"
         if rows == 1:
             advice = (

@@ -188,6 +188,19 @@ def test_the_templates_eos_stops_whatever_else_does(own: int | list[int] | None,
     assert set(Generator(model, template, sampling()).stops.tolist()) == {template.eos} | more
 
 
+def test_what_lay_in_the_memory_set_aside_before_is_in_no_response(hf_folder: Folder, monkeypatch: pytest.MonkeyPatch):
+    """A masked column weighs 0, but 0 times what is not a number is none either."""
+    model, template = policy_and_template(hf_folder("llama"), stops=8)
+    prompts = prompts_of(template, ["x"] * 30)  # shorter than places stay free for
+    engine = Generator(model, template, sampling(batch_size=6, max_new_tokens=40))
+    expected = engine.generate(prompts, 1, seed=1)
+    empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *size, **how: empty(x, *size, **how).fill_(torch.nan))
+    found = engine.generate(prompts, 1, seed=1)
+    assert found.sequences.tokens.equal(expected.sequences.tokens)
+    assert_close(found.logprobs, expected.logprobs)
+
+
 def test_there_are_no_columns_that_no_response_reaches(hf_folder: Folder):
     model, template = policy_and_template(hf_folder("llama"))
     assert model.generation_config is not None

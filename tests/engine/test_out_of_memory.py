@@ -29,6 +29,7 @@ CUDA = (
         (torch.OutOfMemoryError(CUDA), round(2.5 * 2**30)),
         (MemoryError("Unable to allocate 512. MiB for an array with shape (16,) and data type float32"), 2**29),
         (MemoryError("std::bad_alloc"), 0),
+        (SystemError("error return without exception set"), 0),
         (RuntimeError("CUDA error: out of memory"), 0),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 0),
         (RuntimeError("cudaErrorMemoryAllocation: out of memory at line 90 in file /src/csrc/ops.cu"), 0),
@@ -65,6 +66,12 @@ def test_a_microbatch_names_the_budget_that_halves_it_and_the_phase_around_names
     assert "the same command with learner.tokens_at_once=61 continues" in str(e.value)
     assert len(str(e.value)) < 400  # what a status keeps of it
     assert str(e.value.__cause__) == CPU
+
+
+def test_a_budget_that_is_named_is_smaller_than_the_one_that_failed_where_rows_share_their_prompt_too():
+    lengths, said = torch.full((10,), 300), r"learner\.tokens_at_once=500 continues"
+    with pytest.raises(OutOfMemory, match=said), out_of_memory.reading(lengths, 1000):
+        raise MemoryError
 
 
 def test_what_cannot_be_cut_is_not_told_to_be():
