@@ -283,6 +283,9 @@ def ratings(
     for split, criterion in dict.fromkeys((each.split, each.criterion) for each in judgements):
         of_both = [each for each in judgements if (each.split, each.criterion) == (split, criterion)]
         games = wins_of_prompts(of_both, names)
+        if not len(games):  # virtual ties alone would rate all alike
+            notes.append(f"no ratings by {criterion} on {split}: none of {len(of_both)} verdicts could be read")
+            continue
         try:
             points = elo(bradley_terry(games.sum(0), virtual_ties), place, anchor_rating)
         except ValueError as error:

@@ -147,5 +147,13 @@ def test_who_won_everything_has_no_rating_without_virtual_ties(three):
     assert all(math.isfinite(each.points.high) for each in found)
 
 
+@pytest.mark.parametrize("virtual_ties", [0.0, 1.0])
+def test_a_criterion_of_which_nothing_could_be_read_has_no_ratings_and_leaves_the_others_theirs(three, virtual_ties):
+    unread = [judgement(i, None, criterion="unread") for i in range(3)]
+    found, notes = ratings([*unread, *three], ["a", "b", "c"], **{**SETTINGS, "virtual_ties": virtual_ties})
+    assert {each.criterion for each in found} == {three[0].criterion}
+    assert notes == ["no ratings by unread on test: none of 3 verdicts could be read"]
+
+
 def test_rows_are_read_back(three):
     assert read_judgements([each.row for each in three]) == three
