@@ -41,6 +41,11 @@ from rlhf_lab.types import Metrics
 INCIDENTAL = (
     *("tracker", "artifacts", "keep_checkpoints", "hardware.threads", "stage.hardware.threads"),
     *("judge.dry_run", "stage.judge.dry_run", "stage.shared_prefixes"),
+    *(
+        f"{where}hardware.{key}"
+        for where in ("", "stage.")
+        for key in ("distribution", "offload", "gradient_checkpointing")
+    ),
 )
 # and what the names of others end in, wherever they stand
 INCIDENTAL_ENDS = ("tokens_at_once", "sampling.batch_size")

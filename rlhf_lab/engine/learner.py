@@ -3,12 +3,15 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_lab.engine import out_of_memory, ranks
+from rlhf_lab.engine.distribution import Distribution, in_step
+from rlhf_lab.engine.models import Hardware
 from rlhf_lab.engine.score import own_microbatches
 from rlhf_lab.seeds import generator
 from rlhf_lab.types import Count, Fraction, Metrics, NonNegative, NonNegativeCount, Positive, Term
@@ -68,6 +71,7 @@ class Learner:
             it may hold up to twice that. Changes memory and speed only.
         schedule, warmup: of the rate; warmup in optimiser steps.
         max_grad_norm: of each module on its own; `inf` for none.
+        distribution: where the weights are among the processes; null: all on every one.
 
     Raises:
         ValueError: rates and modules do not name the same things.
@@ -87,6 +91,7 @@ class Learner:
         weight_decay: NonNegative,
         betas: tuple[Fraction, Fraction],
         max_grad_norm: Positive,
+        distribution: Distribution | None = None,
     ) -> None:
         if missing := sorted(modules.keys() - lr.keys()):
             raise ValueError(f"learner.lr has {sorted(lr)}, but {missing} learn too; add learner.lr.{missing[0]}")
@@ -95,11 +100,8 @@ class Learner:
         self.schedule, self.warmup, self.total_updates = schedule, warmup, total_updates
         self.max_grad_norm = max_grad_norm
         self.updates = 0
-        groups = [
-            {"params": [p for p in module.parameters() if p.requires_grad], "lr": lr[name]}
-            for name, module in modules.items()
-        ]
-        self.optimiser = torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay)
+        self.distribution = distribution or Distribution.of(Hardware(device="cpu", dtype="float32", threads=1))
+        self.training = self.distribution.learning(modules, betas, weight_decay)
 
     def rate_factor(self) -> float:
         """What the peak rates are multiplied by at the next optimiser step."""
@@ -138,61 +140,64 @@ class Learner:
                     sums[name] = sums.get(name, 0.0) + value / (self.epochs * count)
         return sums
 
-    def accumulate(self, part: Part) -> Metrics:
+    def accumulate(self, part: Part, last: bool = True) -> Metrics:
         """Add this rank's part of the gradient of one minibatch's loss to the modules; returns the mean of each term.
 
         The counts are those of the whole minibatch, so the gradient depends neither on the microbatches nor, once it
         is summed over the ranks, on how many these are.
+
+        Args:
+            last: whether no other part of the minibatch follows.
         """
-        device = next(next(iter(self.modules.values())).parameters()).device
         rows = len(part.batch)
         mask = getattr(part.batch, "token_mask", None)
         counts = {"row": rows, "token": 0 if mask is None else int(mask.sum())}
         means: dict[str, float] = {}
-        for index in part.microbatches(part.batch, self.tokens_at_once):
+        own = part.microbatches(part.batch, self.tokens_at_once)
+        pieces = in_step(own) if self.training.in_step else [(index, True) for index in own]
+        for i, (index, is_counted) in enumerate(pieces, 1):
             with out_of_memory.reading(part.batch.lengths[index], self.tokens_at_once):
-                microbatch = part.batch.select(index).to(device)
-                total = torch.zeros((), device=device)
-                for term in part.loss(part.forward(microbatch), microbatch):
-                    values = term.values.where(microbatch.token_mask, 0) if term.per == "token" else term.values
-                    mean = values.sum() / counts[term.per]
-                    means[term.name] = means.get(term.name, 0.0) + mean.item()
-                    if term.weight:
-                        total = total + part.weight * term.weight * mean
-                total.backward()
+                microbatch = part.batch.select(index).to(self.training.device)
+                terms: list[tuple[str, Tensor]] = []
+                total = self.training.loss(partial(self._total, part, microbatch, counts, terms))
+                for name, mean in terms if is_counted else ():
+                    means[name] = means.get(name, 0.0) + mean.item()
+                self.training.backward(total if is_counted else total * 0, last and i == len(pieces))
         return ranks.sum_by_name(means)
 
+    @staticmethod
+    def _total(part: Part, microbatch: Any, counts: Mapping[str, int], terms: list[tuple[str, Tensor]]) -> Tensor:
+        """What a microbatch adds to the loss; what it adds to the mean of each term is left in `terms`."""
+        total = torch.zeros((), device=microbatch.lengths.device)
+        for term in part.loss(part.forward(microbatch), microbatch):
+            values = term.values.where(microbatch.token_mask, 0) if term.per == "token" else term.values
+            mean = values.sum() / counts[term.per]
+            terms.append((term.name, mean.detach()))
+            if term.weight:
+                total = total + part.weight * term.weight * mean
+        return total
+
     def _step(self, parts: Sequence[Part]) -> Metrics:
-        self.optimiser.zero_grad(set_to_none=True)
+        self.training.clear()
         metrics: Metrics = {}
-        for part in parts:
-            metrics |= self.accumulate(part)
-        for name, module in self.modules.items():
-            ranks.sum_gradients(module.parameters())
-            norm = nn.utils.clip_grad_norm_(module.parameters(), self.max_grad_norm)
-            metrics[f"grad_norm/{name}"] = norm.item()
+        for i, part in enumerate(parts, 1):
+            metrics |= self.accumulate(part, last=i == len(parts))
+        norms = self.training.clip(self.max_grad_norm)
+        metrics |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
         if broken := [name for name, value in metrics.items() if not math.isfinite(value)]:
             raise FloatingPointError(
                 f"{', '.join(broken)} not finite at optimiser step {self.updates}; the weights were not changed by it; "
                 "lower the learning rate, or look at the last samples"
             )
         factor = self.rate_factor()
-        for group, rate in zip(self.optimiser.param_groups, self.lr.values(), strict=True):
-            group["lr"] = rate * factor
-        self.optimiser.step()
+        self.training.step({name: rate * factor for name, rate in self.lr.items()})
         self.updates += 1
         return metrics | {"lr": next(iter(self.lr.values())) * factor}
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes beside the modules; the ranks make sure first that they have the same ones.
-
-        Raises:
-            RuntimeError: they have not; a checkpoint of this would be a mixture.
-        """
-        for name, module in self.modules.items():
-            ranks.check_equal(f"weights of {name}", module.parameters())
-        return {"updates": self.updates, "optimiser": self.optimiser.state_dict()}
+        """What changes beside the modules, whatever their distribution."""
+        return {"updates": self.updates, "optimiser": self.training.moments()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.updates = int(state["updates"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        self.training.restore(state["optimiser"])

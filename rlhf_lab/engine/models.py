@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -49,13 +50,29 @@ class ModelPaths:
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """Where a run computes, and in which precision it scores; changes nothing else."""
+    """Where a run computes, in which precision, and where its weights are; changes nothing else.
+
+    Raises:
+        ValueError: settings do not go together, or a package that they need is not installed.
+    """
 
     device: str  # cpu, cuda, cuda:1, …
-    dtype: Literal[
-        "float32", "bfloat16"
-    ]  # of reward and cost models; policies, references and critics compute in float32
+    dtype: Literal["float32", "bfloat16"]  # of the weights of reward and cost models
     threads: Count  # of torch, per process; more than the free cores is slower, by far
+    distribution: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"  # ddp: each process holds all weights
+    offload: bool = False  # of what is sharded into the CPU's memory
+    bf16: bool = False  # policies, references and critics compute in bfloat16; their weights stay in float32
+    gradient_checkpointing: bool = False  # layers are computed again in the backward pass: less memory, a third slower
+
+    def __post_init__(self) -> None:
+        if self.offload and self.distribution == "ddp":
+            raise ValueError("hardware.offload=true moves shards, and hardware=ddp has none; use fsdp, zero1 to zero3")
+        needed = ("accelerate", "deepspeed") if self.distribution.startswith("zero") else ()
+        if missing := [name for name in needed if find_spec(name) is None]:
+            raise ValueError(
+                f"hardware.distribution={self.distribution} needs {' and '.join(missing)}: "
+                "pip install -c constraints.txt -e '.[distributed]'"
+            )
 
     def start(self) -> torch.device:
         """Apply the settings to this process.
@@ -250,6 +267,16 @@ def load_scorer(path: str, *, device: torch.device, dtype: str) -> tuple["PreTra
     return model.to(device).eval().requires_grad_(False), calibration
 
 
+def layers(module: nn.Module) -> list[nn.Module]:
+    """The stack of layers of the transformer in a module, in their order; [] if there is none, or it is not found."""
+    trunk: Any = next((part for part in module.modules() if isinstance(part, transformers.PreTrainedModel)), None)
+    if trunk is None:
+        return []
+    count = trunk.config.get_text_config().num_hidden_layers
+    lists = (part for part in trunk.modules() if isinstance(part, nn.ModuleList) and len(part) == count)
+    return list(next(lists, []))
+
+
 def freeze(trunk: "PreTrainedModel", share: float) -> None:
     """Leave the embeddings and the first floor(share * L) of L layers as they are, if the share is above 0.
 
@@ -260,14 +287,13 @@ def freeze(trunk: "PreTrainedModel", share: float) -> None:
     """
     if not share:
         return
-    inner, count = trunk.base_model, trunk.config.get_text_config().num_hidden_layers
-    stacks = [part for part in inner.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
-    if not stacks:
+    stack = layers(trunk)
+    if not stack:
         raise ValueError(
-            f"model.frozen_layers={share}, but {type(trunk).__name__} has no list of {count} layers; set it to 0"
+            f"model.frozen_layers={share}, but the layers of {type(trunk).__name__} are not found; set it to 0"
         )
-    embeddings = [part for part in inner.modules() if isinstance(part, nn.Embedding)]
-    for part in (*embeddings, *stacks[0][: math.floor(share * count + 1e-9)]):
+    embeddings = [part for part in trunk.base_model.modules() if isinstance(part, nn.Embedding)]
+    for part in (*embeddings, *stack[: math.floor(share * len(stack) + 1e-9)]):
         part.requires_grad_(False)
 
 
@@ -348,13 +374,23 @@ def restore_parameters(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: the names or shapes differ.
     """
+    for name, tensor in matched(module, saved).items():
+        tensor.copy_(saved[name])
+
+
+def matched(module: nn.Module, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a module has of its own for each saved parameter.
+
+    Raises:
+        ValueError: the names or shapes differ.
+    """
     own = parameters_of(module)
     if own.keys() != saved.keys():
         raise ValueError(f"the checkpoint holds other parameters; differing: {sorted(own.keys() ^ saved.keys())[:5]}")
-    if other := [name for name, tensor in own.items() if tensor.shape != saved[name].shape]:  # copy_ would broadcast
+    # ZeRO-3 keeps a parameter's shape beside it; copy_ would broadcast
+    shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in own.items()}
+    if other := [name for name, shape in shapes.items() if shape != tuple(saved[name].shape)]:
         raise ValueError(
-            f"the checkpoint's {other[0]} has shape {tuple(saved[other[0]].shape)}, "
-            f"the module's {tuple(own[other[0]].shape)}"
+            f"the checkpoint's {other[0]} has shape {tuple(saved[other[0]].shape)}, the module's {shapes[other[0]]}"
         )
-    for name, tensor in own.items():
-        tensor.copy_(saved[name])
+    return own

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lab.engine import out_of_memory, ranks
+from rlhf_lab.engine.distribution import in_step, is_in_step, through
 from rlhf_lab.engine.forward import critic_values, policy_forward
 from rlhf_lab.engine.models import Critics
 from rlhf_lab.engine.prefixes import shares_prefixes, siblings
@@ -46,9 +47,10 @@ def by_length(
     else:
         order = ranks.dealt(sequences.lengths.argsort(stable=True))
     mine: list[Tensor] = []
-    for part in parts:
+    for part, is_counted in in_step(parts) if is_in_step(compute) else [(part, True) for part in parts]:
         with out_of_memory.reading(sequences.lengths[part], tokens_at_once):
-            mine.append(compute(sequences.select(part).to(device)).cpu())
+            rows = compute(sequences.select(part).to(device)).cpu()
+        mine += [rows] if is_counted else []
     results = ranks.gather_rows(torch.cat(mine) if mine else None)
     return torch.empty_like(results).index_copy_(0, order, results)
 
@@ -153,7 +155,7 @@ class Scorer:
                 sequences,
                 budget,
                 device,
-                lambda part: torch.stack([*critic_values(critics, part).values()], -1),
+                through(critics, lambda part: torch.stack([*critic_values(critics, part).values()], -1)),
                 together=shares_prefixes(critics.trunk),
             )
             values = {name: stacked[..., k] for k, name in enumerate(critics.names)}
@@ -164,7 +166,10 @@ class Scorer:
                 sequences,
                 budget,
                 device,
-                lambda part: policy_forward(self.reference, part, temperature=self.temperature).logprobs,
+                through(
+                    self.reference,
+                    lambda part: policy_forward(self.reference, part, temperature=self.temperature).logprobs,
+                ),
                 together=shares_prefixes(self.reference),
             ),
             values=values,

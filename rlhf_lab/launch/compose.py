@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
@@ -78,7 +79,7 @@ def _artifact(reference: str, seed: int, root: DictConfig) -> str:
     if referred is None:  # asked while a configuration is still being merged, or only to be shown
         return f"artifact:{reference}"
     settings = {"seed": seed, "artifact_seed": root.artifact_seed, "runs_dir": root.runs_dir}
-    settings |= {f"hardware.{key}": root.hardware[key] for key in ("device", "dtype", "threads")}
+    settings |= {f"hardware.{key}": value for key, value in root.hardware.items() if key != "_target_"}
     settings |= {"num_processes": root.num_processes} if root.num_processes != 1 else {}
     plan = plan_experiment(reference, tuple(settings.items()), bool(root.shrink))
     if plan not in referred:
@@ -96,8 +97,15 @@ def _many(reference: str, count: int, *, _root_: DictConfig) -> list[str]:
     return [_artifact(reference, seed, _root_) for seed in range(count)]
 
 
+def _here(what: Literal["device", "processes"]) -> str | int:
+    """`${here:device}`: cuda if this machine has a GPU, else cpu; `${here:processes}`: one for each GPU, else two."""
+    gpus = torch.cuda.device_count()
+    return ("cuda" if gpus else "cpu") if what == "device" else gpus or 2
+
+
 def register_resolvers() -> None:
-    """Teach OmegaConf the project's references; safe to call twice."""
+    """Teach OmegaConf the project's references, and what this machine has; safe to call twice."""
+    OmegaConf.register_new_resolver("here", _here, replace=True)
     OmegaConf.register_new_resolver("artifact", _one, replace=True)
     OmegaConf.register_new_resolver("artifacts", _many, replace=True)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rlhf_lab.data.templates import Style, Template
 from rlhf_lab.data.tokenise import sequences
+from rlhf_lab.engine.distribution import Distribution, through
 from rlhf_lab.engine.forward import policy_forward
 from rlhf_lab.engine.models import LEARNT, Hardware, check_path, load_frozen, load_tokenizer
 from rlhf_lab.engine.prefixes import shares_prefixes
@@ -48,8 +49,10 @@ class ImplicitReward:
                 f"{self.policy} and {self.reference} do not write the same tokens, so their probabilities of a "
                 "response cannot be compared; name the reference that the policy was trained from"
             )
-        options = {"device": torch.device(hardware.device), "dtype": LEARNT, "seed": 0, "new_tokens": {}}
-        self.models = load_frozen(self.policy, **options), load_frozen(self.reference, **options)
+        distribution = Distribution.of(hardware)
+        options = {"device": distribution.loads_on, "dtype": LEARNT, "seed": 0, "new_tokens": {}}
+        learnt, began = (load_frozen(path, **options) for path in (self.policy, self.reference))
+        self.models = distribution.frozen(learnt), distribution.frozen(began)
         return self
 
     num_models = 2
@@ -63,7 +66,12 @@ class ImplicitReward:
             learnt, began = (policy_forward(model, part).sequence_logprobs for model in self.models)
             return self.beta * (learnt - began)
 
+        learnt, began = self.models
         value = by_length(
-            read, self.tokens_at_once, self.models[0].device, ratio, together=all(map(shares_prefixes, self.models))
+            read,
+            self.tokens_at_once,
+            learnt.device,
+            through(learnt, through(began, ratio)),
+            together=all(map(shares_prefixes, self.models)),
         )
         return Score(value=value, members=value[:, None])

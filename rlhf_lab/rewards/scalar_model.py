@@ -7,6 +7,7 @@ import torch
 
 from rlhf_lab.data.templates import Style, Template
 from rlhf_lab.data.tokenise import sequences
+from rlhf_lab.engine.distribution import Distribution, through
 from rlhf_lab.engine.forward import raw_outputs
 from rlhf_lab.engine.models import Hardware, check_path, load_scorer, load_tokenizer
 from rlhf_lab.engine.prefixes import shares_prefixes
@@ -41,9 +42,9 @@ class ScalarModel:
         """Read the weights; `policy` is how the responses that will be scored were written."""
         self.template = Template(load_tokenizer(self.path), self.style)
         self.reads_tokens = self.template.writes_like(policy)
-        self.model, self.calibration = load_scorer(
-            self.path, device=torch.device(hardware.device), dtype=hardware.dtype
-        )
+        distribution = Distribution.of(hardware)
+        model, self.calibration = load_scorer(self.path, device=distribution.loads_on, dtype=hardware.dtype)
+        self.model = distribution.frozen(model, is_scorer=True)
         return self
 
     num_models = 1
@@ -75,7 +76,7 @@ class ScalarModel:
             read,
             self.tokens_at_once,
             self.model.device,
-            lambda part: raw_outputs(self.model, part),
+            through(self.model, lambda part: raw_outputs(self.model, part)),
             together=shares_prefixes(self.model),
         )
         value = self.calibration(raw[:, 0])

@@ -6,6 +6,7 @@ from typing import Any
 
 from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.templates import Template
+from rlhf_lab.engine.distribution import Distribution
 from rlhf_lab.engine.generate import Generator, Sampling
 from rlhf_lab.engine.models import LEARNT, Hardware, ModelPaths, check_path, load_frozen, load_tokenizer, new_token_ids
 from rlhf_lab.engine.score import Scorer
@@ -88,7 +89,7 @@ class Evaluate:
         }
         scorer = Scorer(
             rewards={name: source.load(self.hardware, template) for name, source in self.rewards.items()},
-            reference=load_frozen(self.model.reference, **options),
+            reference=Distribution.of(self.hardware).frozen(load_frozen(self.model.reference, **options)),
             critics=None,
             temperature=self.sampling.temperature or 1.0,
             tokens_at_once=self.tokens_at_once,

@@ -21,6 +21,7 @@ from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import text_batch
 from rlhf_lab.engine import ranks
 from rlhf_lab.engine.accounting import EVALUATION, Account
+from rlhf_lab.engine.distribution import Distribution
 from rlhf_lab.engine.forward import policy_forward
 from rlhf_lab.engine.generate import Generator, Sampling
 from rlhf_lab.engine.learner import Learner, Part
@@ -33,8 +34,6 @@ from rlhf_lab.engine.models import (
     load_policy,
     load_tokenizer,
     new_token_ids,
-    parameters_of,
-    restore_parameters,
     save_model,
 )
 from rlhf_lab.engine.score import Scorer
@@ -60,6 +59,7 @@ class Parts:
 
     template: Template
     policy: PreTrainedModel
+    distribution: Distribution
     offline: Scored
     context: RewardContext
     author: Author
@@ -220,7 +220,8 @@ class RiC:
         tables = {"offline": parts.offline.rows(parts.context)}
         tables |= {f"iteration_{i:02d}": parts.author.rows(run, i) for i in iterations}
         run.make("data", partial(write_splits, tables | {"preference_grid": grid}))
-        run.make("policy", partial(_save, parts))
+        with parts.distribution.whole(parts.policy) as policy:
+            run.make("policy", partial(_save, parts, policy))
         return run.last
 
     def _learn(
@@ -236,7 +237,8 @@ class RiC:
         """The optimiser steps `begin` to `end` of one phase, 0 being offline; its evaluation is added to the grid."""
         lessons, facts = self._lessons(run, parts, phase)
         online = {"lr": {"policy": self.online_lr}, "schedule": "constant", "warmup": 0} if phase else {}
-        learner = self.learner(modules={"policy": parts.policy}, total_updates=end - begin, **online)
+        settings = {"total_updates": end - begin, "distribution": parts.distribution, **online}
+        learner = self.learner(modules={"policy": parts.policy}, **settings)
         first = begin
         if learner_state is not None:
             learner.load_state_dict(learner_state)
@@ -257,9 +259,10 @@ class RiC:
             if step == begin + 1:
                 metrics |= facts
             if step == end:
-                engine = Generator(parts.policy.eval(), parts.template, self.evaluation_sampling)
+                make = partial(Generator, template=parts.template, sampling=self.evaluation_sampling)
+                engine = parts.distribution.engine(parts.policy.eval(), make)
                 with account.phase(EVALUATION):
-                    measured, rows = parts.trade_offs.measure(run, engine, phase, step)
+                    measured, rows = parts.trade_offs.measure(run, engine, self.evaluation_sampling, phase, step)
                 metrics |= measured
                 grid += rows
             metrics |= account.metrics({"update": int(batch.lengths.sum())})
@@ -316,8 +319,10 @@ class RiC:
     def _load(self, run: Run) -> Parts:
         """Read weights and data, and score the data once; everything that is shared is made here."""
         template = Template(load_tokenizer(self.model.policy, self.new_tokens), self.dataset.template_style)
+        self.hardware.start()
+        distribution = Distribution.of(self.hardware)
         options = {
-            "device": self.hardware.start(),
+            "device": distribution.loads_on,
             "dtype": LEARNT,
             "seed": derive(run.seed, "initial weights"),
             "new_tokens": new_token_ids(template.tokenizer, self.new_tokens),
@@ -352,7 +357,7 @@ class RiC:
                 run.warn(0, note)
         scorer = Scorer(
             rewards=rewards,
-            reference=load_frozen(self.model.reference, **options),
+            reference=distribution.frozen(load_frozen(self.model.reference, **options)),
             critics=None,
             temperature=self.evaluation_sampling.temperature or 1.0,
             tokens_at_once=self.learner.keywords["tokens_at_once"],
@@ -367,10 +372,12 @@ class RiC:
         return Parts(
             template=template,
             policy=policy,
+            distribution=distribution,
             offline=offline,
             context=context,
             author=Author(
                 policy=policy,
+                distribution=distribution,
                 judge=judge,
                 context=context,
                 prompts=list({prompt.id: prompt for prompt in offline.prompts}.values()),
@@ -395,15 +402,16 @@ class RiC:
         if resumed is None:
             return 0, None, []
         step, state = resumed
-        restore_parameters(parts.policy, state["model"])
+        parts.distribution.restore(parts.policy, state["model"])
         return step, state["learner"], state["grid"]
 
 
 def _state(parts: Parts, learner: Learner, grid: Rows) -> dict[str, Any]:
     """Everything that changes during a run; random numbers are derived from the step and need no saving."""
-    return {"model": parameters_of(parts.policy), "learner": learner.state_dict(), "grid": grid}
+    model = parts.distribution.parameters(parts.policy)
+    return {"model": model, "learner": learner.state_dict(), "grid": grid}
 
 
-def _save(parts: Parts, folder: Path) -> None:
-    save_model(folder, parts.policy, parts.template.tokenizer)
+def _save(parts: Parts, policy: PreTrainedModel, folder: Path) -> None:
+    save_model(folder, policy, parts.template.tokenizer)
     parts.context.save(folder)

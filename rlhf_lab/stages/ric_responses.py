@@ -15,6 +15,7 @@ from rlhf_lab.data.reward_conditions import RewardContext
 from rlhf_lab.data.tables import Rows, read_table
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch, rollout_of
+from rlhf_lab.engine.distribution import Distribution
 from rlhf_lab.engine.generate import Generator, Sampling
 from rlhf_lab.interfaces import RewardSource
 from rlhf_lab.records import Demonstration, Prompt
@@ -113,6 +114,7 @@ class Author:
     """
 
     policy: PreTrainedModel
+    distribution: Distribution
     judge: Judge
     context: RewardContext
     prompts: Sequence[Prompt]
@@ -139,7 +141,8 @@ class Author:
 
     def _shard(self, asked: Sequence[Prompt], goals: Sequence[Sequence[float]], seed: int) -> Shard:
         names = self.context.names
-        engine = Generator(self.policy.eval(), self.judge.template, self.sampling)
+        make = partial(Generator, template=self.judge.template, sampling=self.sampling)
+        engine = self.distribution.engine(self.policy.eval(), make)
         rollout = engine.generate(prompt_batch(self.judge.template, asked), 1, seed)
         responses = zip(rollout.responses, rollout.finished.tolist(), strict=True)
         cleaned = [self.cleaning(*response) for response in responses]

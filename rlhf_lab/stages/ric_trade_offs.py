@@ -7,10 +7,11 @@ import torch
 
 from rlhf_lab.data.reward_conditions import RewardContext
 from rlhf_lab.data.tables import Rows
-from rlhf_lab.engine.generate import Generator
+from rlhf_lab.engine.generate import Sampling
 from rlhf_lab.engine.score import Scorer
 from rlhf_lab.evaluation.evaluator import Evaluator, leave_table
 from rlhf_lab.functional.simplex import Grid
+from rlhf_lab.interfaces import RolloutEngine
 from rlhf_lab.run import Run
 from rlhf_lab.types import Metrics
 
@@ -34,7 +35,9 @@ class TradeOffs:
     costs: Sequence[str]
     steps: Grid
 
-    def measure(self, run: Run, engine: Generator, phase: int, step: int) -> tuple[Metrics, Rows]:
+    def measure(
+        self, run: Run, engine: RolloutEngine, sampling: Sampling, phase: int, step: int
+    ) -> tuple[Metrics, Rows]:
         """What was asked for and what was obtained, as metrics and as a row for each split and preference.
 
         The metrics are the correlations of the two, over all responses and over the means of the trade-offs; of a
@@ -42,7 +45,7 @@ class TradeOffs:
         """
         measured, samples = self.evaluator.evaluate(engine, self.scorer)
         run.write_rows(f"samples/step_{step:06d}.jsonl", samples)
-        leave_table(run, step, samples, self.scorer, engine.sampling)
+        leave_table(run, step, samples, self.scorer, sampling)
         names = self.context.names
         signs = torch.tensor([-1.0 if name in self.costs else 1.0 for name in names])
         grid: Rows = []

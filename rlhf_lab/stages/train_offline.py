@@ -17,6 +17,7 @@ from rlhf_lab.engine import out_of_memory, ranks
 from rlhf_lab.engine.accounting import EVALUATION, Account
 from rlhf_lab.engine.average import MovingAverage
 from rlhf_lab.engine.checkpoint import seal
+from rlhf_lab.engine.distribution import Distribution, through
 from rlhf_lab.engine.forward import policy_forward, text_logprobs, text_scores
 from rlhf_lab.engine.generate import Generator
 from rlhf_lab.engine.learner import Learner, Part, Trainable
@@ -32,8 +33,6 @@ from rlhf_lab.engine.models import (
     load_tokenizer,
     new_scorer,
     new_token_ids,
-    parameters_of,
-    restore_parameters,
     save_model,
 )
 from rlhf_lab.engine.packing import check_packing, pack, packed_forward
@@ -154,7 +153,8 @@ class TrainOffline:
         return self.algorithm.stateful if isinstance(self.algorithm, Observant) else {}
 
     def run(self, run: Run) -> Metrics:
-        device = self.hardware.start()
+        self.hardware.start()
+        distribution = Distribution.of(self.hardware)
         template = Template(load_tokenizer(self.model.policy, self.model.new_tokens), self.dataset.template_style)
         records = self._records(self.dataset.train_split, template)
         held_out = {split: self._records(split, template) for split in self.dataset.splits}
@@ -179,28 +179,28 @@ class TrainOffline:
         load = load_policy if self.trains_policy else partial(new_scorer, outputs=outputs)
         model = load(
             self.model.policy,
-            device=device,
+            device=distribution.loads_on,
             dtype=LEARNT,
             seed=derive(run.seed, "initial weights"),
             new_tokens=new_token_ids(template.tokenizer, self.model.new_tokens),
         )
         freeze(model, self.model.frozen_layers)
         if self.pack_tokens:
-            check_packing(model, text_batch(template, records[:PACKED_TO_CHECK]).to(device).sequences)
+            check_packing(model, text_batch(template, records[:PACKED_TO_CHECK]).to(model.device).sequences)
         steps_per_epoch = -(-len(records) // self.batch_size)
         total = steps_per_epoch * self.epochs
         name = "policy" if self.trains_policy else "scorer"
-        learner = self.learner(modules={name: model}, total_updates=total)
+        guide = MovingAverage(model, self.algorithm.ema_decay if isinstance(self.algorithm, Guided) else 0.0)
+        learner = self.learner(modules={name: model}, total_updates=total, distribution=distribution)
         run.console.say(f"{len(records)} rows, {total} steps of {self.batch_size}; template {template.style}")
 
-        guide = MovingAverage(model, self.algorithm.ema_decay if isinstance(self.algorithm, Guided) else 0.0)
         bench = self.measure.bench(self.model.policy, run.seed) if self.measure else None
-        first = self._resume(run, model, learner, guide)
+        first = self._resume(run, distribution, model, learner, guide)
         latest: Metrics = {}
         if bench and first == 0:
             account = Account()
             with account.phase(EVALUATION):
-                measured = self._sample(run, bench, model, 0)
+                measured = self._sample(run, bench, distribution, model, 0)
             run.log(0, measured | account.metrics({}) | {"episode": 0.0})
         for done in run.steps(self.algorithm.reads, first, total, latest):
             step = done + 1  # step k is the state after k optimiser steps
@@ -209,12 +209,17 @@ class TrainOffline:
             chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
             account = Account()
             with account.phase("update"):
-                batch = self._guided(guide, lesson.batch(self.algorithm.reads, template, chosen))
+                batch = lesson.batch(self.algorithm.reads, template, chosen)
+                if isinstance(self.algorithm, Guided):
+                    with distribution.whole(model) as whole:
+                        batch = self._guided(guide.model if guide.decay else whole, batch)
                 torch.manual_seed(derive(run.seed, "dropout", done) + ranks.rank())  # other rows, other masks
                 model.train()
                 part = self._lesson(model, batch)
                 means = learner.update([part], derive(run.seed, "learner", done))
-                guide.update(model)
+                if guide.decay:
+                    with distribution.whole(model) as whole:
+                        guide.update(whole)
             metrics = _named(means)
             if isinstance(self.algorithm, Observant):
                 metrics |= self.algorithm.observe(means)
@@ -222,39 +227,46 @@ class TrainOffline:
             last = step == total
             if last or (self.evaluate_every and step % self.evaluate_every == 0):
                 with account.phase(EVALUATION):
-                    for split, exam in exams.items():
-                        found = self._evaluate(model, guide, template, exam)
-                        metrics |= {f"eval/{split}/{name}": value for name, value in found.items()}
+                    with distribution.whole(model.eval()) as whole:
+                        teacher = guide.model if guide.decay else whole
+                        for split, exam in exams.items():
+                            found = self._evaluate(whole, teacher, template, exam)
+                            metrics |= {f"eval/{split}/{name}": value for name, value in found.items()}
                     if bench:
-                        metrics |= self._sample(run, bench, model, step)
+                        metrics |= self._sample(run, bench, distribution, model, step)
             metrics |= account.metrics({"update": int(part.batch.lengths.sum())})
             latest.update(metrics)
             run.log(step, metrics)
             due = last or step % self.checkpoint_every == 0
-            run.checkpoint(step, partial(self._state, model, learner, guide), due=due)
+            run.checkpoint(step, partial(self._state, distribution, model, learner, guide), due=due)
 
-        units = None
-        if not self.trains_policy:
-            units = reference_set.calibrate(model.eval(), template, self.calibration, run.console)
-        run.make(name, lambda folder: save_model(folder, model, template.tokenizer, units))
+        with distribution.whole(model.eval()) as whole:
+            units = None
+            if not self.trains_policy:
+                units = reference_set.calibrate(whole, template, self.calibration, run.console)
+            run.make(name, lambda folder: save_model(folder, whole, template.tokenizer, units))
         return run.last
 
-    def _state(self, model: "PreTrainedModel", learner: Learner, guide: MovingAverage) -> dict[str, Any]:
+    def _state(
+        self, distribution: Distribution, model: "PreTrainedModel", learner: Learner, guide: MovingAverage
+    ) -> dict[str, Any]:
         """Everything that changes during a run; random numbers are derived from the step and need no saving."""
         return {
-            "model": parameters_of(model),
+            "model": distribution.parameters(model),
             "learner": learner.state_dict(),
             "guide": guide.state_dict(),
             "algorithm": {name: part.state_dict() for name, part in self.stateful.items()},
         }
 
-    def _resume(self, run: Run, model: "PreTrainedModel", learner: Learner, guide: MovingAverage) -> int:
+    def _resume(
+        self, run: Run, distribution: Distribution, model: "PreTrainedModel", learner: Learner, guide: MovingAverage
+    ) -> int:
         """Optimiser steps done, with every part as it was after the last checkpoint."""
         resumed = run.resume()
         if resumed is None:
             return 0
         step, state = resumed
-        restore_parameters(model, state["model"])
+        distribution.restore(model, state["model"])
         learner.load_state_dict(state["learner"])
         guide.load_state_dict(state["guide"])
         for name, part in self.stateful.items():
@@ -277,22 +289,25 @@ class TrainOffline:
         return Part(batch, lambda rows: forward(model, rows.texts), self.algorithm.loss)
 
     @torch.no_grad()
-    def _guided(self, guide: MovingAverage, batch: Any) -> Any:
+    def _guided(self, teacher: "PreTrainedModel", batch: Any) -> Any:
         """The stronger pairs of quadruples with the margin of the weaker ones, where the method takes it from there."""
         algorithm = self.algorithm
         if not isinstance(algorithm, Guided):
             return batch
-        guide.model.eval()
+        teacher.eval()
         margins = torch.empty(len(batch))
         for index in microbatches(batch.weak.lengths, self.learner.keywords["tokens_at_once"]):
             with out_of_memory.reading(batch.weak.lengths[index], self.learner.keywords["tokens_at_once"]):
-                weak = batch.weak.select(index).to(guide.model.device)
-                margins[index] = algorithm.weak_margin(text_logprobs(guide.model, weak.texts), weak).cpu()
+                weak = batch.weak.select(index).to(teacher.device)
+                margins[index] = algorithm.weak_margin(text_logprobs(teacher, weak.texts), weak).cpu()
         return replace(batch.strong, margin=margins)
 
-    def _sample(self, run: Run, bench: Bench, model: "PreTrainedModel", step: int) -> Metrics:
+    def _sample(
+        self, run: Run, bench: Bench, distribution: Distribution, model: "PreTrainedModel", step: int
+    ) -> Metrics:
         """What the policy says to held-out prompts, measured; every row goes to samples/."""
-        engine = Generator(model.eval(), bench.evaluator.template, bench.sampling)
+        make = partial(Generator, template=bench.evaluator.template, sampling=bench.sampling)
+        engine = distribution.engine(model.eval(), make)
         metrics, rows = bench.evaluator.evaluate(engine, bench.scorer)
         run.write_rows(f"samples/step_{step:06d}.jsonl", rows)
         leave_table(run, step, rows, bench.scorer, bench.sampling)
@@ -304,16 +319,15 @@ class TrainOffline:
             return Lesson(records, ())
         place = f"reference/{split}"
         if not is_sound(run, place):
-            device = self.hardware.start()
+            distribution = Distribution.of(self.hardware)
+            device = distribution.loads_on
             options = {"device": device, "dtype": LEARNT, "seed": derive(run.seed, "initial weights")}
             new_tokens = new_token_ids(template.tokenizer, self.model.new_tokens)
-            reference = load_frozen(self.model.reference, new_tokens=new_tokens, **options)
+            reference = distribution.frozen(load_frozen(self.model.reference, new_tokens=new_tokens, **options))
+            said = through(reference, lambda part: policy_forward(reference, part).sequence_logprobs)
             batch = BATCHES[self.algorithm.reads](template, records)
             budget = self.learner.keywords["tokens_at_once"]
-            columns = [
-                by_length(text, budget, device, lambda part: policy_forward(reference, part).sequence_logprobs)
-                for text in batch.texts
-            ]
+            columns = [by_length(text, budget, reference.device, said) for text in batch.texts]
 
             def fill(folder: Path) -> None:
                 save_file({str(i): column for i, column in enumerate(columns)}, folder / REFERENCE)
@@ -325,14 +339,15 @@ class TrainOffline:
         return Lesson(records, tuple(saved[str(i)] for i in range(len(saved))))
 
     @torch.no_grad()
-    def _evaluate(self, model: "PreTrainedModel", guide: MovingAverage, template: Template, lesson: Lesson) -> Metrics:
+    def _evaluate(
+        self, model: "PreTrainedModel", teacher: "PreTrainedModel", template: Template, lesson: Lesson
+    ) -> Metrics:
         """Means over held-out rows (a per-token term: over their tokens)."""
-        model.eval()
         sums: dict[str, float] = {}
         counts: dict[str, float] = {}
         for part in ranks.share(list(batches(len(lesson.records), self.batch_size))):
             index = torch.arange(part.start, part.stop)
-            whole = self._guided(guide, lesson.batch(self.algorithm.reads, template, index))
+            whole = self._guided(teacher, lesson.batch(self.algorithm.reads, template, index))
             for batch in _within(whole, self.learner.keywords["tokens_at_once"]):
                 with out_of_memory.reading(batch.lengths, self.learner.keywords["tokens_at_once"]):
                     batch = batch.to(model.device)

@@ -14,6 +14,7 @@ from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch, text_batch
 from rlhf_lab.engine.accounting import EVALUATION, Account
+from rlhf_lab.engine.distribution import Distribution, through
 from rlhf_lab.engine.forward import policy_forward
 from rlhf_lab.engine.generate import Generator, Sampling
 from rlhf_lab.engine.learner import Learner, Part, minibatch_count
@@ -30,8 +31,6 @@ from rlhf_lab.engine.models import (
     load_policy,
     load_tokenizer,
     new_token_ids,
-    parameters_of,
-    restore_parameters,
     save_model,
     shared_critics,
 )
@@ -39,7 +38,7 @@ from rlhf_lab.engine.prefixes import share_prefixes, shares_prefixes
 from rlhf_lab.engine.score import Scorer, own_family_microbatches, own_microbatches
 from rlhf_lab.evaluation.evaluator import Evaluator, leave_table, under_conditions
 from rlhf_lab.evaluation.metrics import rollout_metrics, warnings
-from rlhf_lab.interfaces import Conditions, OnlineAlgorithm, RewardSource
+from rlhf_lab.interfaces import Conditions, OnlineAlgorithm, RewardSource, RolloutEngine
 from rlhf_lab.records import Demonstration, Prompt
 from rlhf_lab.rewards.gold import Gold
 from rlhf_lab.run import Run
@@ -58,7 +57,8 @@ class Parts:
     critics: Critics | None
     prompts: Sequence[Prompt]
     demonstrations: Sequence[Demonstration]
-    engine: Generator
+    distribution: Distribution
+    engine: RolloutEngine
     scorer: Scorer
     learner: Learner
     gold: Mapping[str, RewardSource]
@@ -207,7 +207,8 @@ class TrainOnline:
             run.log(step, metrics)
             due = last or step % self.checkpoint_every == 0
             run.checkpoint(step, partial(self._state, parts, episode), due=due)
-        run.make("policy", lambda folder: save_model(folder, parts.policy, parts.template.tokenizer))
+        with parts.distribution.whole(parts.policy) as policy:
+            run.make("policy", lambda folder: save_model(folder, policy, parts.template.tokenizer))
         return run.last
 
     def _iterate(self, parts: Parts, iteration: int, seed: int, account: Account) -> tuple[Metrics, Mapping[str, int]]:
@@ -277,7 +278,8 @@ class TrainOnline:
 
     def _evaluate(self, run: Run, parts: Parts, step: int, account: Account) -> Metrics:
         """Held-out metrics; every row goes to samples/, a few to the console."""
-        engine = Generator(parts.policy, parts.template, self.evaluation_sampling)
+        make = partial(Generator, template=parts.template, sampling=self.evaluation_sampling)
+        engine = parts.distribution.engine(parts.policy, make)
         temperature = self.evaluation_sampling.temperature or 1.0
         with account.phase(EVALUATION):
             metrics, rows = parts.evaluator.evaluate(engine, parts.scorer.without_critics(temperature))
@@ -299,8 +301,10 @@ class TrainOnline:
         """Read weights and data; everything that is shared is made here."""
         new_tokens = [*self.model.new_tokens, *self.conditions.new_tokens]
         template = Template(load_tokenizer(self.model.policy, new_tokens), self.dataset.template_style)
+        self.hardware.start()
+        distribution = Distribution.of(self.hardware)
         options = {
-            "device": self.hardware.start(),
+            "device": distribution.loads_on,
             "seed": derive(run.seed, "initial weights"),
             "new_tokens": new_token_ids(template.tokenizer, new_tokens),
         }
@@ -319,10 +323,10 @@ class TrainOnline:
         modules = {"policy": policy} if critics is None else {"policy": policy, "critic": critics}
         settings = self.learner.keywords
         updates = self.steps * settings["epochs"] * minibatch_count(self.batch_size, settings["minibatch_size"])
-        learner = self.learner(modules=modules, total_updates=updates)
+        learner = self.learner(modules=modules, total_updates=updates, distribution=distribution)
         scorer = Scorer(
             rewards={name: source.load(self.hardware, template) for name, source in self.rewards.items()},
-            reference=load_frozen(self.model.reference, dtype=LEARNT, **options),
+            reference=distribution.frozen(load_frozen(self.model.reference, dtype=LEARNT, **options)),
             critics=critics,
             temperature=self.sampling.temperature,
             tokens_at_once=learner.tokens_at_once,
@@ -337,7 +341,8 @@ class TrainOnline:
             critics=critics,
             prompts=prompts,
             demonstrations=demonstrations,
-            engine=Generator(policy, template, self.sampling),
+            distribution=distribution,
+            engine=distribution.engine(policy, partial(Generator, template=template, sampling=self.sampling)),
             scorer=scorer,
             learner=learner,
             gold=gold,
@@ -346,15 +351,17 @@ class TrainOnline:
 
     def _share_prefixes(self, run: Run, policy: PreTrainedModel, scorer: Scorer) -> None:
         """Have every model of the run compute a prompt once for all responses to it, and say which one does not."""
-        trunks = {"model.policy": policy, "model.reference": scorer.reference}
+        trunks: dict[str, PreTrainedModel] = {"model.policy": policy, "model.reference": scorer.reference}
+        within: dict[str, nn.Module] = {}
         if scorer.critics is not None:
-            trunks["model.critic"] = scorer.critics.trunk
+            trunks["model.critic"], within["model.critic"] = scorer.critics.trunk, scorer.critics
         for name, source in self.rewards.items():
             for i, model in enumerate(getattr(source, "models", ())):
                 trunks[f"model {i} of reward.sources.{name}"] = model
         for name, model in trunks.items():
+            exactly = torch.autocast(model.device.type, enabled=False)(partial(share_prefixes, model))
             try:
-                share_prefixes(model)
+                through(within.get(name, model), exactly)()
             except ValueError as reason:
                 run.console.say(f"{name} reads each prompt once per response: {reason}")
 
@@ -407,7 +414,7 @@ class TrainOnline:
     def _state(self, parts: Parts, episode: int) -> dict[str, Any]:
         """Everything that changes during a run; random numbers are derived from the step and need no saving."""
         return {
-            "modules": {name: parameters_of(module) for name, module in parts.modules.items()},
+            "modules": {name: parts.distribution.parameters(module) for name, module in parts.modules.items()},
             "learner": parts.learner.state_dict(),
             "algorithm": {name: part.state_dict() for name, part in self.algorithm.stateful.items()},
             "episode": episode,
@@ -420,7 +427,7 @@ class TrainOnline:
             return 0, 0
         step, state = resumed
         for name, module in parts.modules.items():
-            restore_parameters(module, state["modules"][name])
+            parts.distribution.restore(module, state["modules"][name])
         parts.learner.load_state_dict(state["learner"])
         for name, part in self.algorithm.stateful.items():
             part.load_state_dict(state["algorithm"][name])

@@ -208,7 +208,9 @@ def test_rates_follow_the_schedule(schedule: str, warmup: int, expected: list[fl
     for factor in expected:
         metrics = teacher.update([part(net, rows(4))], seed=0)
         assert metrics["lr"] == pytest.approx(0.01 * factor, abs=1e-12)
-        assert [group["lr"] for group in teacher.optimiser.param_groups] == pytest.approx([0.01 * factor, 0.5 * factor])
+        assert [group["lr"] for group in teacher.training.optimiser.param_groups] == pytest.approx(
+            [0.01 * factor, 0.5 * factor]
+        )
     teacher.update([part(net, rows(4))], seed=0)
     assert teacher.rate_factor() == pytest.approx(1.0 if schedule == "constant" else 0.0, abs=1e-12)  # past the end
 
@@ -263,7 +265,7 @@ def test_what_is_not_finite_is_refused_and_the_weights_stay(where: str):
     teacher = learner({"net": net}, warmup=2)
     teacher.update([part(net, rows())], seed=0)
     before, moments = weights(net), teacher.state_dict()
-    moments = {k: v["exp_avg"].clone() for k, v in moments["optimiser"]["state"].items()}
+    moments = {k: v["exp_avg"].clone() for k, v in moments["optimiser"]["net"].items()}
 
     def broken(values: Tensor, batch: Rows) -> list[Term]:
         if where == "loss":
@@ -276,7 +278,7 @@ def test_what_is_not_finite_is_refused_and_the_weights_stay(where: str):
         teacher.update([part(net, rows(), loss=broken)], seed=0)
     assert all(torch.equal(a, b) for a, b in zip(before, weights(net), strict=True))
     assert teacher.updates == 1
-    after = teacher.state_dict()["optimiser"]["state"]
+    after = teacher.state_dict()["optimiser"]["net"]
     assert all(torch.equal(after[k]["exp_avg"], moment) for k, moment in moments.items())
 
 

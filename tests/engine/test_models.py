@@ -414,7 +414,7 @@ def test_the_first_layers_and_the_embeddings_do_not_learn_and_the_others_do(
     assert moved == {name for name in before if not is_frozen(name)}
     assert any(map(is_frozen, before)) is (share > 0)
     learning = sum(parameter.numel() for name, parameter in before.items() if not is_frozen(name))
-    assert sum(p.numel() for group in learner.optimiser.param_groups for p in group["params"]) == learning
+    assert sum(p.numel() for group in learner.training.optimiser.param_groups for p in group["params"]) == learning
 
 
 def test_the_trunk_of_critics_is_frozen_like_a_policy(hf_folder: Folder):

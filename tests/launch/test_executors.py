@@ -77,7 +77,15 @@ def test_every_executor_composes_and_builds():
     assert {name: executor.kind for name, executor in kinds.items()} == {name: name for name in kinds}
 
 
-@pytest.mark.parametrize(("hardware", "device", "gres"), [("slurm_cpu", "cpu", None), ("slurm_gpu", "cuda", "gpu:1")])
+@pytest.mark.parametrize(
+    ("hardware", "device", "gres"),
+    [
+        ("slurm_cpu", "cpu", None),
+        ("slurm_gpu", "cuda", "gpu:1"),
+        ("slurm_ddp", "cuda", "gpu:2"),
+        ("slurm_zero3", "cuda", "gpu:2"),
+    ],
+)
 def test_hardware_of_a_cluster_chooses_the_executor_too(hardware, device, gres):
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
