@@ -28,7 +28,7 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from torch import Tensor, distributed, nn
-from transformers.integrations import unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rlhf_lab.engine import ranks
 from rlhf_lab.engine.distribution import COPY, MOMENTS, Distribution, Entry, Moments, Root, Training, hollow, optimiser

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from rlhf_lab.data.tokenise import join, pad
 from rlhf_lab.engine.checkpoint import load_tree, save_tree
+from rlhf_lab.engine.distribution import Whole
 from rlhf_lab.engine.forward import policy_forward
 from rlhf_lab.engine.learner import Learner, Part, minibatch_count
 from rlhf_lab.engine.models import load_policy
@@ -208,7 +209,7 @@ def test_rates_follow_the_schedule(schedule: str, warmup: int, expected: list[fl
     for factor in expected:
         metrics = teacher.update([part(net, rows(4))], seed=0)
         assert metrics["lr"] == pytest.approx(0.01 * factor, abs=1e-12)
-        assert [group["lr"] for group in teacher.training.optimiser.param_groups] == pytest.approx(
+        assert [group["lr"] for group in cast(Whole, teacher.training).optimiser.param_groups] == pytest.approx(
             [0.01 * factor, 0.5 * factor]
         )
     teacher.update([part(net, rows(4))], seed=0)

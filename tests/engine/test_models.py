@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import transformers
 from torch.testing import assert_close
 
 from rlhf_lab.engine.checkpoint import load_tree, save_tree
+from rlhf_lab.engine.distribution import Whole
 from rlhf_lab.engine.forward import critic_values, policy_forward, raw_outputs, raw_scores
 from rlhf_lab.engine.learner import Learner, Part
 from rlhf_lab.engine.models import (
@@ -414,7 +416,8 @@ def test_the_first_layers_and_the_embeddings_do_not_learn_and_the_others_do(
     assert moved == {name for name in before if not is_frozen(name)}
     assert any(map(is_frozen, before)) is (share > 0)
     learning = sum(parameter.numel() for name, parameter in before.items() if not is_frozen(name))
-    assert sum(p.numel() for group in learner.training.optimiser.param_groups for p in group["params"]) == learning
+    groups = cast(Whole, learner.training).optimiser.param_groups
+    assert sum(p.numel() for group in groups for p in group["params"]) == learning
 
 
 def test_the_trunk_of_critics_is_frozen_like_a_policy(hf_folder: Folder):
