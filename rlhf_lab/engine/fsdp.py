@@ -51,10 +51,11 @@ class Sharded(Distribution):
     def _shard(self, modules: Mapping[str, nn.Module]) -> Root:
         root = Root(modules)
         # a root is resharded after its forward too: it may be called without gradient just before the weights change
+        moves = self.hardware.offload and self.device.type != "cpu"  # on a CPU they are there already
         options: dict[str, Any] = {
             "mesh": self.mesh,
             "reshard_after_forward": True,
-            "offload_policy": CPUOffloadPolicy() if self.hardware.offload else OffloadPolicy(),
+            "offload_policy": CPUOffloadPolicy() if moves else OffloadPolicy(),
         }
         for module in modules.values():
             for layer in layers(module):
