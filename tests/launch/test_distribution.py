@@ -215,7 +215,8 @@ def differences(ours: Path, theirs: Path) -> dict[str, float]:
 def test_two_processes_learn_what_one_does(kind, alone, runs, plan_of, tmp_path):
     pytest.importorskip("accelerate" if kind.startswith("zero") else "torch")
     changes = [f"hardware.distribution={kind}", f"runs_dir={runs}", *SMOKE]
-    plans = {method: plan_of(*typed, *changes, f"name={method}-{kind}") for method, typed in METHODS.items()}
+    methods = {} if kind == "zero1" else METHODS  # whole runs of it differ little from zero2's, and take their time
+    plans = {method: plan_of(*typed, *changes, f"name={method}-{kind}") for method, typed in methods.items()}
     found = together(2, kind, tmp_path, {name: (plan.directory, plan.config) for name, plan in plans.items()})
 
     # uneven rows, and fewer than ranks
@@ -234,7 +235,7 @@ def test_two_processes_learn_what_one_does(kind, alone, runs, plan_of, tmp_path)
     crossed.resume(tmp_path / kind)
     assert crossed.learn(3, 4) == [pytest.approx(one, rel=1e-5, abs=1e-6) for one in more]
 
-    for method, directory in alone.items():
+    for method, directory in alone.items() if plans else ():
         apart = differences(plans[method].directory, directory)
         assert len(metrics(directory)) >= 10
         losses = max(value for key, value in apart.items() if key.startswith(("loss/", "grad_norm/")))
