@@ -1,8 +1,8 @@
 """Weights on disk -> modules in memory, and back; always safetensors, never code that came with the weights."""
 
-import math
+import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +13,31 @@ import transformers
 from torch import Tensor, nn
 from transformers import logging as transformers_logging
 
+from rlhf_lab.engine.adapters import (
+    Record,
+    check_adapter,
+    check_base,
+    digest,
+    is_adapter,
+    load_view,
+    located,
+    lora_of,
+    merge_into,
+    read_record,
+    require,
+    save_view,
+)
+from rlhf_lab.engine.backbone import (
+    ALL_LINEAR,
+    AdapterView,
+    Backbone,
+    Lora,
+    Quantise,
+    alive,
+    alive_ones,
+    frozen_count,
+    share,
+)
 from rlhf_lab.engine.tiny import TINY, tiny_policy, tiny_tokenizer
 from rlhf_lab.types import GAUSSIAN, Count, Fraction
 
@@ -37,6 +62,9 @@ class ModelPaths:
     `learning_rates` belong to the model, since they depend on its size: module -> rate. `new_tokens` are words that it
     gets beside its own, such as the names of conditions; they are saved with it. `frozen_layers` is the share of the
     layers that do not learn, in policies, critics and scorers: the first ones, and with them the embeddings.
+
+    With `peft` what learns are adapters, with the settings `lora`, and all models of a run that stand on one base share
+    it, stored as `quantise` says; `merge` saves what was trained as a whole model, and not as an adapter.
     """
 
     base: str  # before any fine-tuning
@@ -46,6 +74,62 @@ class ModelPaths:
     learning_rates: Mapping[str, float]
     new_tokens: Sequence[str] = ()
     frozen_layers: Fraction = 0.0
+    peft: Literal["lora"] | None = None
+    lora: Lora | None = None
+    quantise: Quantise | None = None
+    merge: bool = False
+
+    def __post_init__(self) -> None:
+        if self.peft is None and (self.quantise or self.merge):
+            key = f"quantise={self.quantise}" if self.quantise else "merge=true"
+            raise ValueError(f"model.{key} is of adapters, but model.peft=null loads whole models; set model.peft=lora")
+        if self.peft and self.lora is None:
+            raise ValueError("model.peft=lora, but model.lora has no settings; see conf/model/tiny.yaml")
+        if self.peft and self.frozen_layers and self.lora and self.lora.layers_to_transform is not None:
+            raise ValueError(
+                f"model.frozen_layers={self.frozen_layers} and model.lora.layers_to_transform="
+                f"{self.lora.layers_to_transform} both say which layers learn; set one of them"
+            )
+
+    @property
+    def adapters(self) -> "Adapters | None":
+        """How models are loaded as adapters on one base; None where they are whole models."""
+        if self.peft is None:
+            return None
+        assert self.lora is not None
+        return Adapters(lora=self.lora, quantise=self.quantise, frozen_layers=self.frozen_layers)
+
+    def dtype(self, hardware: "Hardware") -> str:
+        """Of a policy, its reference and critics: what learns, learns in float32; a base that does not may be less."""
+        return LEARNT if self.peft is None else hardware.dtype
+
+    def check(self, roles: Sequence[str], promised: Collection[str] = ()) -> None:
+        """Refuse, before anything is loaded, models in these roles that are not there or cannot be trained as set.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        for role in roles:
+            check_path(getattr(self, role), f"model.{role}", promised)
+        if self.peft is None or self.lora is None:
+            return
+        require("peft")
+        if self.quantise:
+            require("bitsandbytes")
+        if self.new_tokens:
+            raise ValueError(
+                f"model.new_tokens={list(self.new_tokens)}, but with model.peft=lora the embeddings do not learn; give "
+                "a whole model its new words first (model.peft=null), and train adapters on that one"
+            )
+        for role in roles:
+            path = getattr(self, role)
+            if is_embedded(path):
+                raise ValueError(
+                    f"model.{role}={path} has no trained weights that an adapter could be of; name the folder of a "
+                    "trained model, or use model.peft=null"
+                )
+            if role in ("policy", "critic") and path not in promised and is_adapter(path):
+                _check_same_settings(lora_of(path), self.lora, path, self.frozen_layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +168,39 @@ class Hardware:
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"hardware.device={self.device}, but torch sees no GPU; use hardware=cpu")
         return torch.device(self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapters:
+    """That models are loaded as adapters on one base, and what new ones are like."""
+
+    lora: Lora
+    quantise: Quantise | None
+    frozen_layers: Fraction
+
+    def settings(self, backbone: Backbone) -> Lora:
+        """Of a new adapter on this base."""
+        if not self.frozen_layers:
+            return self.lora
+        count = backbone.model.config.get_text_config().num_hidden_layers
+        return replace(self.lora, layers_to_transform=list(range(frozen_count(count, self.frozen_layers), count)))
+
+
+def _check_same_settings(found: Lora, wanted: Lora, path: str, frozen_layers: float) -> None:
+    """Refuse to go on with an adapter under other settings than its own."""
+    for key in ("rank", "alpha", "target_modules", "layers_to_transform"):
+        ours, theirs = getattr(wanted, key), getattr(found, key)
+        if key == "target_modules":
+            if ours == ALL_LINEAR:  # which is written out in the folder
+                continue
+            ours = ours if isinstance(ours, str) else sorted(ours)
+        if key == "layers_to_transform" and frozen_layers:  # depends on the number of layers
+            continue
+        if ours != theirs:
+            raise ValueError(
+                f"{path} is an adapter with {key}={theirs}, but model.lora.{key}={ours}; an adapter that starts from "
+                f"another has its settings: set model.lora.{key}={theirs}, or merge that one first (model.merge=true)"
+            )
 
 
 @dataclass(frozen=True)
@@ -127,6 +244,12 @@ def check_path(path: str, role: str, promised: Collection[str] = ()) -> None:
             raise ValueError(
                 f"{role}={path}: no such folder; give a Hugging Face model folder or a hub id (owner/name)"
             )
+        return
+    if is_adapter(path):
+        base = check_adapter(path, role)
+        if base not in promised:
+            check_path(base, f"the base of {role}={path}", promised)
+            check_base(path, read_record(path))
         return
     if not (folder / "config.json").exists():
         raise ValueError(f"{role}={path}: no config.json there; it is not a Hugging Face model folder")
@@ -200,29 +323,159 @@ def _options(dtype: torch.dtype) -> dict[str, Any]:
     return {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
 
 
+def _backbone(path: str, device: torch.device, dtype: str, quantise: Quantise | None) -> Backbone:
+    """The base at a path, loaded once: whoever asks for it while something uses it gets the same."""
+    key = (located(path), str(device), dtype, quantise)
+    if (known := alive(key)) is not None:
+        return known
+    model: Any
+    if quantise is None:
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, **_options(DTYPES[dtype]))
+        model = model.to(device)
+    else:
+        require("bitsandbytes")
+        settings = (
+            transformers.BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=DTYPES[dtype],
+            )
+            if quantise == "nf4"
+            else transformers.BitsAndBytesConfig(load_in_8bit=True)
+        )
+        # 8-bit layers round their inputs too, in float16, and say so at every call
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path, quantization_config=settings, device_map={"": device}, **_options(DTYPES[dtype])
+        )
+    return share(key, Backbone(model, path, quantise))
+
+
+def _check_knows(path: str, new_tokens: Mapping[str, int]) -> None:
+    """Refuse a base that lacks a token: it does not learn, so the token's row would stay without meaning.
+
+    Raises:
+        ValueError: naming the tokens.
+    """
+    own = load_tokenizer(path).get_vocab() if new_tokens else {}
+    if lacking := [token for token, row in new_tokens.items() if own.get(token) != row]:
+        raise ValueError(
+            f"{path} does not know {lacking[:5]}, and the embeddings of a base do not learn; give a whole model its "
+            "new words first (model.peft=null), and train adapters on that one"
+        )
+
+
+def base_of(path: str) -> str:
+    """Of an adapter; a whole model is its own."""
+    return read_record(path).base if is_adapter(path) else path
+
+
+def _adapter(
+    path: str, *, device: torch.device, dtype: str, quantise: Quantise | None, is_trunk: bool = False
+) -> AdapterView:
+    """The adapter in a folder, on its base."""
+    record = read_record(path)
+    check_base(path, record)
+    return load_view(_backbone(record.base, device, dtype, quantise), path, is_trunk=is_trunk)
+
+
+def _trainable(
+    path: str,
+    adapters: Adapters,
+    *,
+    device: torch.device,
+    dtype: str,
+    seed: int,
+    new_tokens: Mapping[str, int],
+    outputs: tuple[str, ...] = (),
+    is_trunk: bool = False,
+) -> AdapterView:
+    """A new adapter, with a fresh head for each output: on the model at a path, or where the adapter there stands."""
+    base = base_of(path)
+    _check_knows(base, new_tokens)
+    if is_adapter(path):
+        start = _adapter(path, device=device, dtype=dtype, quantise=adapters.quantise, is_trunk=True)
+        assert start.own is not None
+        _check_same_settings(start.own.lora, adapters.settings(start.backbone), path, 0.0)
+        return start.copied(outputs=outputs, is_trunk=is_trunk, seed=seed)
+    backbone = _backbone(base, device, dtype, adapters.quantise)
+    adapter = backbone.new_adapter(adapters.settings(backbone), seed)
+    return AdapterView(backbone, adapter, outputs=outputs, is_trunk=is_trunk, seed=seed)
+
+
+def merged(view: AdapterView) -> "PreTrainedModel":
+    """A whole model in float32 that computes as a view does, apart from rounding.
+
+    Of an 8-bit base only nearly: its layers round their inputs too.
+    """
+    kind, options = transformers.AutoModelForCausalLM, _options(torch.float32)
+    if outputs := view.outputs:
+        kind, options = transformers.AutoModelForSequenceClassification, options | {"num_labels": len(outputs)}
+    model: Any = kind.from_pretrained(view.backbone.path, **options)
+    if outputs and outputs != SCORE:
+        model.config.id2label, model.config.label2id = view.config.id2label, view.config.label2id
+    merge_into(model, view)
+    return model
+
+
+def _merged_at(path: str) -> "PreTrainedModel":
+    """What the adapter in a folder makes of its base, as a whole model on the CPU."""
+    quantise = read_record(path).quantise
+    return merged(_adapter(path, device=torch.device("cpu"), dtype=LEARNT, quantise=quantise))
+
+
 def load_policy(
-    path: str, *, device: torch.device, dtype: str, seed: int, new_tokens: Mapping[str, int] = NONE_NEW
+    path: str,
+    *,
+    device: torch.device,
+    dtype: str,
+    seed: int,
+    new_tokens: Mapping[str, int] = NONE_NEW,
+    adapters: Adapters | None = None,
 ) -> "PreTrainedModel":
-    """A causal language model in evaluation mode.
+    """A causal language model in evaluation mode, that may learn.
 
     Args:
-        seed: initialises an embedded one.
+        seed: initialises an embedded one, and new adapters.
         new_tokens: token -> id, see `new_token_ids`.
+        adapters: it is an adapter on a shared base; None: a whole model, into which an adapter at `path` is merged.
     """
-    model: Any  # transformers wraps `to` in a way that type checkers cannot follow
+    model: Any  # transformers wraps `to` in a way that type checkers cannot follow; a view acts like a model
+    if adapters is not None:
+        model = _trainable(path, adapters, device=device, dtype=dtype, seed=seed, new_tokens=new_tokens)
+        return model.eval()
     if is_embedded(path):
         model = tiny_policy(seed)
-        model = model.to(DTYPES[dtype])
+    elif is_adapter(path):
+        model = _merged_at(path)
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(path, **_options(DTYPES[dtype]))
+    model = model.to(DTYPES[dtype])
     _widen(model, path, new_tokens)
     return model.to(device).eval()
 
 
 def load_frozen(
-    path: str, *, device: torch.device, dtype: str, seed: int, new_tokens: Mapping[str, int] = NONE_NEW
+    path: str,
+    *,
+    device: torch.device,
+    dtype: str,
+    seed: int,
+    new_tokens: Mapping[str, int] = NONE_NEW,
+    adapters: Adapters | None = None,
 ) -> "PreTrainedModel":
-    """A causal language model that does not learn."""
+    """A causal language model that does not learn; an adapter is read on its base, which others share."""
+    view: Any
+    if is_adapter(path):
+        _check_knows(base_of(path), new_tokens)
+        quantise = read_record(path).quantise if adapters is None else adapters.quantise
+        view = _adapter(path, device=device, dtype=dtype, quantise=quantise)
+        return view.eval().requires_grad_(False)
+    if adapters is not None:
+        _check_knows(path, new_tokens)
+        view = AdapterView(_backbone(path, device, dtype, adapters.quantise), None)
+        return view.eval()
     policy = load_policy(path, device=device, dtype=dtype, seed=seed, new_tokens=new_tokens)
     return policy.requires_grad_(False)
 
@@ -235,14 +488,23 @@ def new_scorer(
     seed: int,
     new_tokens: Mapping[str, int] = NONE_NEW,
     outputs: tuple[str, ...] = SCORE,
+    adapters: Adapters | None = None,
 ) -> "PreTrainedModel":
     """A policy's trunk with a fresh head: a sequence classifier to be trained, one label for each of the `outputs`."""
     if is_embedded(path):
         raise ValueError(f"model.policy={path} has no trained trunk; name the folder of a trained policy")
+    if adapters is not None:
+        view: Any = _trainable(
+            path, adapters, device=device, dtype=dtype, seed=seed, new_tokens=new_tokens, outputs=outputs
+        )
+        return view
     torch.manual_seed(seed)
+    base = base_of(path)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        path, num_labels=len(outputs), **_options(DTYPES[dtype])
+        base, num_labels=len(outputs), **_options(DTYPES[dtype])
     )
+    if base != path:
+        model.base_model.load_state_dict(_merged_at(path).base_model.state_dict())
     if outputs != SCORE:
         model.config.id2label = dict(enumerate(outputs))
         model.config.label2id = {output: i for i, output in enumerate(outputs)}
@@ -253,18 +515,39 @@ def new_scorer(
 def load_scorer(path: str, *, device: torch.device, dtype: str) -> tuple["PreTrainedModel", Calibration]:
     """A trained value model, frozen, with the calibration that its config carries.
 
+    An adapter joins a base that is in use already if it is its own, by path or by the bytes of its weights.
+
     Raises:
-        ValueError: it has other outputs than a score, or than the mean and log-variance of one.
+        ValueError: it has other outputs than a score, or than the mean and log-variance of one; or it is an adapter and
+            its base has other weights than it learnt on.
     """
+    if is_adapter(path):
+        record = read_record(path)
+        _check_outputs(path, record.outputs)
+        check_base(path, record)
+        view: Any = load_view(_backbone_in_use(record, device, dtype), path)
+        return view.eval().requires_grad_(False), Calibration(**record.calibration)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(path, **_options(DTYPES[dtype]))
-    labels = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
+    _check_outputs(path, tuple(model.config.id2label[i] for i in range(model.config.num_labels)))
+    calibration = Calibration(**getattr(model.config, CALIBRATION, {}))
+    return model.to(device).eval().requires_grad_(False), calibration
+
+
+def _check_outputs(path: str, labels: tuple[str, ...]) -> None:
     if len(labels) != 1 and labels != GAUSSIAN:
         raise ValueError(
             f"{path} has {len(labels)} outputs, {', '.join(labels[:5])}; a reward or cost model has one, "
             f"or the two that are called {' and '.join(GAUSSIAN)}"
         )
-    calibration = Calibration(**getattr(model.config, CALIBRATION, {}))
-    return model.to(device).eval().requires_grad_(False), calibration
+
+
+def _backbone_in_use(record: Record, device: torch.device, dtype: str) -> Backbone:
+    """The base of an adapter: as it learnt if that is in memory, else in memory otherwise quantised, else loaded."""
+    base = located(record.base)
+    there = [backbone for (_, *how), backbone in alive_ones() if how[:2] == [str(device), dtype]]
+    same = [b for b in there if located(b.path) == base or (record.digest and digest(b.path) == record.digest)]
+    same.sort(key=lambda backbone: backbone.quantise != record.quantise)
+    return same[0] if same else _backbone(record.base, device, dtype, record.quantise)
 
 
 def layers(module: nn.Module) -> list[nn.Module]:
@@ -285,7 +568,7 @@ def freeze(trunk: "PreTrainedModel", share: float) -> None:
     Raises:
         ValueError: the layers of this architecture are not found.
     """
-    if not share:
+    if not share or isinstance(trunk, AdapterView):  # whose adapter has no factors in those layers
         return
     stack = layers(trunk)
     if not stack:
@@ -293,7 +576,7 @@ def freeze(trunk: "PreTrainedModel", share: float) -> None:
             f"model.frozen_layers={share}, but the layers of {type(trunk).__name__} are not found; set it to 0"
         )
     embeddings = [part for part in trunk.base_model.modules() if isinstance(part, nn.Embedding)]
-    for part in (*embeddings, *stack[: math.floor(share * len(stack) + 1e-9)]):
+    for part in (*embeddings, *stack[: frozen_count(len(stack), share)]):
         part.requires_grad_(False)
 
 
@@ -330,12 +613,21 @@ def load_critics(
     dtype: str,
     seed: int,
     new_tokens: Mapping[str, int] = NONE_NEW,
+    adapters: Adapters | None = None,
 ) -> Critics:
-    """Value heads on the trunk of the model at `path`."""
+    """Value heads on the trunk of the model at `path`, or on an adapter of theirs on its base."""
     trunk: Any
+    if adapters is not None:
+        # another draw than the policy's, whose adapter has the same seed
+        trunk = _trainable(
+            path, adapters, device=device, dtype=dtype, seed=seed + 1, new_tokens=new_tokens, is_trunk=True
+        )
+        return Critics(trunk, names).to(device).eval()
     if is_embedded(path):
         trunk = tiny_policy(seed).model
         trunk = trunk.to(DTYPES[dtype])
+    elif is_adapter(path):
+        trunk = _merged_at(path).base_model.to(DTYPES[dtype])
     else:
         trunk = transformers.AutoModel.from_pretrained(path, **_options(DTYPES[dtype]))
     _widen(trunk, path, new_tokens)
@@ -348,9 +640,24 @@ def shared_critics(policy: "PreTrainedModel", names: tuple[str, ...]) -> Critics
 
 
 def save_model(
-    folder: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", calibration: Calibration | None = None
+    folder: Path,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    calibration: Calibration | None = None,
+    *,
+    merge: bool = False,
 ) -> None:
-    """Write a folder that `AutoModelFor…` loads; a value model's calibration goes into its config.json."""
+    """Write a folder that `AutoModelFor…` loads, of an adapter with peft; a value model's calibration goes with it.
+
+    Args:
+        merge: write an adapter as a whole model.
+    """
+    if isinstance(model, AdapterView):
+        if not merge:
+            save_view(folder, model, None if calibration is None else calibration.__dict__)
+            tokenizer.save_pretrained(folder)
+            return
+        model = merged(model)
     if calibration is not None:
         setattr(model.config, CALIBRATION, dict(calibration.__dict__))
         # AutoModelForSequenceClassification reads the score at the last token that is not a pad: were the EOS the pad,

@@ -7,6 +7,9 @@ import torch
 
 from rlhf_lab.data.templates import Style, Template
 from rlhf_lab.engine.models import Hardware
+from rlhf_lab.engine.prefixes import shares_prefixes
+from rlhf_lab.engine.score import by_length
+from rlhf_lab.engine.trunk import Members, alias_frozen
 from rlhf_lab.interfaces import Aggregate, GaussianAggregate
 from rlhf_lab.rewards.scalar_model import ScalarModel
 from rlhf_lab.types import Count, Rollout, Score
@@ -38,6 +41,10 @@ class _Members:
         """
         for member in self.members:
             member.load(hardware, policy)
+        self.together = None
+        if all(self.members[0].reads_like(member) for member in self.members[1:]):
+            alias_frozen(self.models)
+            self.together = Members(self.models)
         if len(units := {(m.calibration.method, m.calibration.fitted_on) for m in self.members}) > 1:
             raise ValueError(
                 f"the members are calibrated differently ({'; '.join(' on '.join(unit) for unit in sorted(units))}), "
@@ -54,6 +61,21 @@ class _Members:
     def models(self) -> tuple["PreTrainedModel", ...]:
         """What was loaded."""
         return tuple(model for member in self.members for model in member.models)
+
+    @torch.no_grad()
+    def member_scores(self, rollout: Rollout) -> list[Score]:
+        """Of each member; layers that all of them have in common are computed once."""
+        if self.together is None or not self.together.common:
+            return [member.score(rollout) for member in self.members]
+        first = self.members[0]
+        raw = by_length(
+            first.read(rollout),
+            first.tokens_at_once,
+            first.model.device,
+            self.together.raw_outputs,
+            together=all(map(shares_prefixes, self.models)),
+        )
+        return [member.calibrated(raw[:, k]) for k, member in enumerate(self.members)]
 
     @property
     def units(self) -> str:
@@ -90,7 +112,7 @@ class Ensemble(_Members):
         self.aggregate = aggregate
 
     def score(self, rollout: Rollout) -> Score:
-        members = torch.stack([member.score(rollout).value for member in self.members], dim=1)
+        members = torch.stack([score.value for score in self.member_scores(rollout)], dim=1)
         return Score(value=self.aggregate(members), members=members)
 
 
@@ -132,7 +154,7 @@ class GaussianEnsemble(_Members):
         return self
 
     def score(self, rollout: Rollout) -> Score:
-        scores = [member.score(rollout) for member in self.members]
+        scores = self.member_scores(rollout)
         members = torch.stack([score.value for score in scores], dim=1)
         variances = torch.cat([score.variances[0] for score in scores], dim=1)
         return Score(value=self.aggregate(members, variances), members=members, variances=(variances,))

@@ -4,6 +4,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Self
 
 import torch
+from torch import Tensor
 
 from rlhf_lab.data.templates import Style, Template
 from rlhf_lab.data.tokenise import sequences
@@ -12,7 +13,7 @@ from rlhf_lab.engine.forward import raw_outputs
 from rlhf_lab.engine.models import Hardware, check_path, load_scorer, load_tokenizer
 from rlhf_lab.engine.prefixes import shares_prefixes
 from rlhf_lab.engine.score import by_length
-from rlhf_lab.types import GAUSSIAN, Count, Rollout, Score
+from rlhf_lab.types import GAUSSIAN, Count, Rollout, Score, Sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,11 +51,6 @@ class ScalarModel:
     num_models = 1
 
     @property
-    def models(self) -> tuple["PreTrainedModel", ...]:
-        """What was loaded."""
-        return (self.model,)
-
-    @property
     def is_gaussian(self) -> bool:
         """Whether the loaded model says how sure it is."""
         return self.model.config.num_labels == len(GAUSSIAN)
@@ -64,14 +60,28 @@ class ScalarModel:
         """How the loaded model was calibrated."""
         return self.calibration.method
 
-    @torch.no_grad()
-    def score(self, rollout: Rollout) -> Score:
-        """(B,) calibrated scores. A response that was cut is scored as it stands, without an EOS that it never had."""
-        read = rollout.sequences
+    @property
+    def models(self) -> tuple["PreTrainedModel", ...]:
+        """What was loaded."""
+        return (self.model,)
+
+    def reads_like(self, other: "ScalarModel") -> bool:
+        """Whether both loaded models are shown the same tokens."""
+        alike = (self.reads_tokens, self.condition) == (other.reads_tokens, other.condition)
+        return alike and self.template.writes_like(other.template)
+
+    def read(self, rollout: Rollout) -> Sequences:
+        """What the model is shown. A response that was cut stands as it is, without an EOS that it never had."""
         conditioned = any(prompt.condition for prompt in rollout.prompts)
         if not self.reads_tokens or conditioned or self.condition:
             asked = [prompt.plain.conditioned(self.condition, {}) for prompt in rollout.prompts]
-            read = sequences(self.template, asked, rollout.responses, rollout.finished.tolist())
+            return sequences(self.template, asked, rollout.responses, rollout.finished.tolist())
+        return rollout.sequences
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout) -> Score:
+        """(B,) calibrated scores."""
+        read = self.read(rollout)
         raw = by_length(
             read,
             self.tokens_at_once,
@@ -79,6 +89,10 @@ class ScalarModel:
             through(self.model, lambda part: raw_outputs(self.model, part)),
             together=shares_prefixes(self.model),
         )
+        return self.calibrated(raw)
+
+    def calibrated(self, raw: Tensor) -> Score:
+        """The score that (B, D) outputs of the model mean."""
         value = self.calibration(raw[:, 0])
         variances = (self.calibration.variance(raw[:, 1:].exp()),) if self.is_gaussian else ()
         return Score(value=value, members=value[:, None], variances=variances)

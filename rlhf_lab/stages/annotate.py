@@ -12,7 +12,7 @@ from rlhf_lab.data.tables import read_table
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine.generate import Generator, Sampling
-from rlhf_lab.engine.models import Hardware, ModelPaths, check_path, load_policy, load_tokenizer, new_token_ids
+from rlhf_lab.engine.models import Hardware, ModelPaths, check_path, load_frozen, load_tokenizer, new_token_ids
 from rlhf_lab.records import Prompt
 from rlhf_lab.rewards.gold import Gold
 from rlhf_lab.run import Run
@@ -77,7 +77,8 @@ class Annotate:
         template = Template(load_tokenizer(self.model.policy, self.model.new_tokens), self.dataset.template_style)
         new_tokens = new_token_ids(template.tokenizer, self.model.new_tokens)
         options = {"device": device, "dtype": self.hardware.dtype, "seed": run.seed, "new_tokens": new_tokens}
-        policy = load_policy(self.model.policy, **options)
+        options |= {"adapters": self.model.adapters}
+        policy = load_frozen(self.model.policy, **options)
         engine = Generator(policy, template, self.sampling)
         run.resume()  # there are no checkpoints: the shards are what it continues from
         asked = {split: self.dataset.prompts(split, template) for split in names}

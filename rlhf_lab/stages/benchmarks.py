@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rlhf_lab.data.tables import read_table
-from rlhf_lab.engine.models import LEARNT, Hardware, ModelPaths, check_path, load_frozen, load_tokenizer, new_token_ids
+from rlhf_lab.engine.models import LEARNT, Hardware, ModelPaths, check_path, load_policy, load_tokenizer, new_token_ids
 from rlhf_lab.functional.estimates import rate
 from rlhf_lab.run import Run
 from rlhf_lab.seeds import derive
@@ -82,7 +82,7 @@ class Benchmarks:
         tokenizer = load_tokenizer(self.model.policy, self.model.new_tokens)
         if self.chat_template and not tokenizer.chat_template:
             raise ValueError(f"{self.model.policy} has no chat template; set stage.chat_template=false")
-        policy = load_frozen(
+        policy = load_policy(  # an adapter merged into its base, since the harness takes whole models
             self.model.policy,
             device=device,
             dtype=LEARNT,

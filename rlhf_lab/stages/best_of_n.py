@@ -11,7 +11,7 @@ from rlhf_lab.data.tables import Rows, prompt_of, read_table, write_table
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine.generate import Generator, Sampling
-from rlhf_lab.engine.models import LEARNT, Hardware, ModelPaths, check_path, load_frozen, load_tokenizer, new_token_ids
+from rlhf_lab.engine.models import Hardware, ModelPaths, load_frozen, load_tokenizer, new_token_ids
 from rlhf_lab.engine.score import Scorer
 from rlhf_lab.evaluation.best_of_n import PROXY, by_column, estimates, grid_to
 from rlhf_lab.evaluation.evaluator import described, generation_rows, sample_rows, under_conditions
@@ -79,8 +79,7 @@ class BestOfN:
 
     def check(self, promised: Collection[str] = ()) -> None:
         """Refuse what cannot work, before anything is loaded; `promised` paths will be there by then."""
-        for role in ("policy", "reference"):
-            check_path(getattr(self.model, role), f"model.{role}", promised)
+        self.model.check(("policy", "reference"), promised)
         self.dataset.check(promised)
         for source in self.rewards.values():
             source.check(promised)
@@ -106,7 +105,8 @@ class BestOfN:
         self.conditions.check(template)
         options = {
             "device": device,
-            "dtype": LEARNT,
+            "dtype": self.model.dtype(self.hardware),
+            "adapters": self.model.adapters,
             "seed": derive(run.seed, "initial weights"),
             "new_tokens": new_token_ids(template.tokenizer, new_tokens),
         }

@@ -14,7 +14,7 @@ from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine import ranks
 from rlhf_lab.engine.generate import Generator, Sampling
-from rlhf_lab.engine.models import LEARNT, Hardware, ModelPaths, check_path, load_frozen, load_tokenizer, new_token_ids
+from rlhf_lab.engine.models import Hardware, ModelPaths, check_path, load_frozen, load_tokenizer, new_token_ids
 from rlhf_lab.evaluation.evaluator import under_conditions
 from rlhf_lab.evaluation.matches import Answer, Match, Unmatched, matched
 from rlhf_lab.interfaces import Conditions
@@ -213,7 +213,8 @@ class Contestants:
         policy = load_frozen(
             path,
             device=device,
-            dtype=LEARNT,
+            dtype=self.model.dtype(self.hardware),
+            adapters=self.model.adapters,
             seed=derive(run.seed, "initial weights"),
             new_tokens=new_token_ids(template.tokenizer, [*self.model.new_tokens, *self.conditions.new_tokens]),
         )

@@ -8,7 +8,7 @@ from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.templates import Template
 from rlhf_lab.engine.distribution import Distribution
 from rlhf_lab.engine.generate import Generator, Sampling
-from rlhf_lab.engine.models import LEARNT, Hardware, ModelPaths, check_path, load_frozen, load_tokenizer, new_token_ids
+from rlhf_lab.engine.models import Hardware, ModelPaths, load_frozen, load_tokenizer, new_token_ids
 from rlhf_lab.engine.score import Scorer
 from rlhf_lab.evaluation.evaluator import Evaluator, under_conditions
 from rlhf_lab.interfaces import Conditions
@@ -64,8 +64,7 @@ class Evaluate:
 
     def check(self, promised: Collection[str] = ()) -> None:
         """Refuse what cannot work, before anything is loaded; `promised` paths will be there by then."""
-        for role in ("policy", "reference"):
-            check_path(getattr(self.model, role), f"model.{role}", promised)
+        self.model.check(("policy", "reference"), promised)
         self.dataset.check(promised)
         for source in self.rewards.values():
             source.check(promised)
@@ -83,7 +82,8 @@ class Evaluate:
         prompts = {split: self.prompts(split, template) for split in self.dataset.splits}
         options = {
             "device": device,
-            "dtype": LEARNT,
+            "dtype": self.model.dtype(self.hardware),
+            "adapters": self.model.adapters,
             "seed": derive(seed, "initial weights"),
             "new_tokens": new_token_ids(template.tokenizer, new_tokens),
         }

@@ -11,7 +11,7 @@ from rlhf_lab.data.tables import read_table
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine.generate import Generator, Sampling
-from rlhf_lab.engine.models import Hardware, ModelPaths, check_path, load_policy, load_tokenizer, new_token_ids
+from rlhf_lab.engine.models import Hardware, ModelPaths, check_path, load_frozen, load_tokenizer, new_token_ids
 from rlhf_lab.records import Prompt
 from rlhf_lab.rewards.gold import Gold
 from rlhf_lab.run import Run
@@ -66,10 +66,11 @@ class Rank:
         names = self.dataset.made
         device = self.hardware.start()
         template = Template(load_tokenizer(self.model.policy, self.model.new_tokens), self.dataset.template_style)
-        policy = load_policy(
+        policy = load_frozen(
             self.model.policy,
             device=device,
             dtype=self.hardware.dtype,
+            adapters=self.model.adapters,
             seed=run.seed,
             new_tokens=new_token_ids(template.tokenizer, self.model.new_tokens),
         )

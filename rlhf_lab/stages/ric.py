@@ -26,10 +26,8 @@ from rlhf_lab.engine.forward import policy_forward
 from rlhf_lab.engine.generate import Generator, Sampling
 from rlhf_lab.engine.learner import Learner, Part
 from rlhf_lab.engine.models import (
-    LEARNT,
     Hardware,
     ModelPaths,
-    check_path,
     load_frozen,
     load_policy,
     load_tokenizer,
@@ -162,8 +160,7 @@ class RiC:
 
     def check(self, promised: Collection[str] = ()) -> None:
         """Refuse what cannot work, before anything is loaded; `promised` paths will be there by then."""
-        for role in ("policy", "reference"):
-            check_path(getattr(self.model, role), f"model.{role}", promised)
+        self.model.check(("policy", "reference"), promised)
         if self.algorithm.reads != "demonstrations" or self.algorithm.trains != "policy":
             raise ValueError(
                 f"stage=ric trains a policy on responses, but {type(self.algorithm).__name__} trains a "
@@ -221,7 +218,7 @@ class RiC:
         tables |= {f"iteration_{i:02d}": parts.author.rows(run, i) for i in iterations}
         run.make("data", partial(write_splits, tables | {"preference_grid": grid}))
         with parts.distribution.whole(parts.policy) as policy:
-            run.make("policy", partial(_save, parts, policy))
+            run.make("policy", partial(_save, parts, policy, self.model.merge))
         return run.last
 
     def _learn(
@@ -323,7 +320,8 @@ class RiC:
         distribution = Distribution.of(self.hardware)
         options = {
             "device": distribution.loads_on,
-            "dtype": LEARNT,
+            "dtype": self.model.dtype(self.hardware),
+            "adapters": self.model.adapters,
             "seed": derive(run.seed, "initial weights"),
             "new_tokens": new_token_ids(template.tokenizer, self.new_tokens),
         }
@@ -412,6 +410,6 @@ def _state(parts: Parts, learner: Learner, grid: Rows) -> dict[str, Any]:
     return {"model": model, "learner": learner.state_dict(), "grid": grid}
 
 
-def _save(parts: Parts, policy: PreTrainedModel, folder: Path) -> None:
-    save_model(folder, policy, parts.template.tokenizer)
+def _save(parts: Parts, policy: PreTrainedModel, merge: bool, folder: Path) -> None:
+    save_model(folder, policy, parts.template.tokenizer, merge=merge)
     parts.context.save(folder)

@@ -11,7 +11,7 @@ from rlhf_lab.data.tables import Rows, read_table
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine.generate import Generator, Sampling
-from rlhf_lab.engine.models import Hardware, ModelPaths, check_path, load_policy, load_tokenizer, new_token_ids
+from rlhf_lab.engine.models import Hardware, ModelPaths, check_path, load_frozen, load_tokenizer, new_token_ids
 from rlhf_lab.interfaces import Conditions
 from rlhf_lab.records import Prompt
 from rlhf_lab.run import Run
@@ -79,10 +79,11 @@ class RolloutPairs:
         new_tokens = [*self.model.new_tokens, *self.conditions.new_tokens]
         template = Template(load_tokenizer(self.model.policy, new_tokens), self.dataset.template_style)
         self.conditions.check(template)
-        policy = load_policy(
+        policy = load_frozen(
             self.model.policy,
             device=device,
             dtype=self.hardware.dtype,
+            adapters=self.model.adapters,
             seed=derive(run.seed, "initial weights"),
             new_tokens=new_token_ids(template.tokenizer, new_tokens),
         )

@@ -25,7 +25,7 @@ from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine import ranks
 from rlhf_lab.engine.checkpoint import publish, sha256
 from rlhf_lab.engine.generate import Generator, Sampling
-from rlhf_lab.engine.models import LEARNT, Hardware, ModelPaths, check_path, load_frozen, load_tokenizer
+from rlhf_lab.engine.models import Hardware, ModelPaths, check_path, load_frozen, load_tokenizer
 from rlhf_lab.evaluation.metrics import half_width
 from rlhf_lab.interfaces import Bound
 from rlhf_lab.ledger import Entry, Ledger
@@ -127,7 +127,13 @@ class SafetyTest:
                 f"nothing is recorded of what {path} was trained on, so that no test prompt was among it is for you to "
                 "know; name the tables with stage.disjoint_from=[…]",
             )
-        policy = load_frozen(self.model.policy, device=device, dtype=LEARNT, seed=derive(run.seed, "initial weights"))
+        policy = load_frozen(
+            self.model.policy,
+            device=device,
+            dtype=self.model.dtype(self.hardware),
+            seed=derive(run.seed, "initial weights"),
+            adapters=self.model.adapters,
+        )
         engine = Generator(policy, template, self.sampling)
         rollout = engine.generate(prompt_batch(template, prompts), 1, derive(run.seed, "safety test"))
         costs = self.cost.load(self.hardware, template).score(rollout).value.double().cpu()

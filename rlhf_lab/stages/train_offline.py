@@ -22,11 +22,9 @@ from rlhf_lab.engine.forward import policy_forward, text_logprobs, text_scores
 from rlhf_lab.engine.generate import Generator
 from rlhf_lab.engine.learner import Learner, Part, Trainable
 from rlhf_lab.engine.models import (
-    LEARNT,
     SCORE,
     Hardware,
     ModelPaths,
-    check_path,
     freeze,
     load_frozen,
     load_policy,
@@ -128,9 +126,8 @@ class TrainOffline:
 
     def check(self, promised: Collection[str] = ()) -> None:
         """Refuse what cannot work, before anything is loaded; `promised` paths will be there by then."""
-        check_path(self.model.policy, "model.policy", promised)
-        if getattr(self.algorithm, "uses_reference", False):
-            check_path(self.model.reference, "model.reference", promised)
+        roles = ("policy", "reference") if getattr(self.algorithm, "uses_reference", False) else ("policy",)
+        self.model.check(roles, promised)
         self.dataset.check(promised, self.algorithm.reads)
         if (self.every_turn or self.pack_tokens) and self.algorithm.reads != "demonstrations":
             key = "turns=all" if self.every_turn else f"pack_tokens={self.pack_tokens}"
@@ -180,9 +177,10 @@ class TrainOffline:
         model = load(
             self.model.policy,
             device=distribution.loads_on,
-            dtype=LEARNT,
+            dtype=self.model.dtype(self.hardware),
             seed=derive(run.seed, "initial weights"),
             new_tokens=new_token_ids(template.tokenizer, self.model.new_tokens),
+            adapters=self.model.adapters,
         )
         freeze(model, self.model.frozen_layers)
         if self.pack_tokens:
@@ -244,7 +242,8 @@ class TrainOffline:
             units = None
             if not self.trains_policy:
                 units = reference_set.calibrate(whole, template, self.calibration, run.console)
-            run.make(name, lambda folder: save_model(folder, whole, template.tokenizer, units))
+            merge = self.model.merge
+            run.make(name, lambda folder: save_model(folder, whole, template.tokenizer, units, merge=merge))
         return run.last
 
     def _state(
@@ -321,7 +320,12 @@ class TrainOffline:
         if not is_sound(run, place):
             distribution = Distribution.of(self.hardware)
             device = distribution.loads_on
-            options = {"device": device, "dtype": LEARNT, "seed": derive(run.seed, "initial weights")}
+            options = {
+                "device": device,
+                "dtype": self.model.dtype(self.hardware),
+                "seed": derive(run.seed, "initial weights"),
+                "adapters": self.model.adapters,
+            }
             new_tokens = new_token_ids(template.tokenizer, self.model.new_tokens)
             reference = distribution.frozen(load_frozen(self.model.reference, new_tokens=new_tokens, **options))
             said = through(reference, lambda part: policy_forward(reference, part).sequence_logprobs)

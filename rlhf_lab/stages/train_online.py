@@ -14,17 +14,16 @@ from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch, text_batch
 from rlhf_lab.engine.accounting import EVALUATION, Account
+from rlhf_lab.engine.backbone import AdapterView
 from rlhf_lab.engine.distribution import Distribution, through
 from rlhf_lab.engine.forward import policy_forward
 from rlhf_lab.engine.generate import Generator, Sampling
 from rlhf_lab.engine.learner import Learner, Part, minibatch_count
 from rlhf_lab.engine.models import (
-    LEARNT,
     SHARED,
     Critics,
     Hardware,
     ModelPaths,
-    check_path,
     freeze,
     load_critics,
     load_frozen,
@@ -36,6 +35,7 @@ from rlhf_lab.engine.models import (
 )
 from rlhf_lab.engine.prefixes import share_prefixes, shares_prefixes
 from rlhf_lab.engine.score import Scorer, own_family_microbatches, own_microbatches
+from rlhf_lab.engine.trunk import alias_frozen
 from rlhf_lab.evaluation.evaluator import Evaluator, leave_table, under_conditions
 from rlhf_lab.evaluation.metrics import rollout_metrics, warnings
 from rlhf_lab.interfaces import Conditions, OnlineAlgorithm, RewardSource, RolloutEngine
@@ -46,6 +46,7 @@ from rlhf_lab.seeds import derive, generator
 from rlhf_lab.types import Count, Experience, Metrics, NonNegative, NonNegativeCount, PolicyForward, Term
 
 SHOWN_SAMPLES = 4
+LEAST_SAID = 2**20  # bytes that are worth a line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +133,8 @@ class TrainOnline:
 
     def check(self, promised: Collection[str] = ()) -> None:
         """Refuse what cannot work, before anything is loaded; `promised` paths will be there by then."""
-        for role in ("policy", "reference", *(["critic"] if self.model.critic != SHARED else [])):
-            check_path(getattr(self.model, role), f"model.{role}", promised)
+        own_critic = ["critic"] if self.model.critic != SHARED else []
+        self.model.check(["policy", "reference", *own_critic], promised)
         self.dataset.check(promised)
         if self.demonstrations is not None:
             self.demonstrations.check(promised, "demonstrations")
@@ -208,7 +209,8 @@ class TrainOnline:
             due = last or step % self.checkpoint_every == 0
             run.checkpoint(step, partial(self._state, parts, episode), due=due)
         with parts.distribution.whole(parts.policy) as policy:
-            run.make("policy", lambda folder: save_model(folder, policy, parts.template.tokenizer))
+            tokenizer, merge = parts.template.tokenizer, self.model.merge
+            run.make("policy", lambda folder: save_model(folder, policy, tokenizer, merge=merge))
         return run.last
 
     def _iterate(self, parts: Parts, iteration: int, seed: int, account: Account) -> tuple[Metrics, Mapping[str, int]]:
@@ -305,19 +307,21 @@ class TrainOnline:
         distribution = Distribution.of(self.hardware)
         options = {
             "device": distribution.loads_on,
+            "dtype": self.model.dtype(self.hardware),
             "seed": derive(run.seed, "initial weights"),
             "new_tokens": new_token_ids(template.tokenizer, new_tokens),
+            "adapters": self.model.adapters,
         }
         data = self.demonstrations if self.ptx_coef else None
         demonstrations = data.demonstrations(data.train_split, template) if data else []
         prompts, held_out = self._prompts(run, template, demonstrations)
-        policy = load_policy(self.model.policy, dtype=LEARNT, **options)
+        policy = load_policy(self.model.policy, **options)
         names = tuple(self.algorithm.critics)
         critics = None
         if names and self.model.critic == SHARED:
             critics = shared_critics(policy, names)
         elif names:
-            critics = load_critics(self.model.critic, names, dtype=LEARNT, **options)
+            critics = load_critics(self.model.critic, names, **options)
         for trunk in (policy, *([] if critics is None else [critics.trunk])):
             freeze(trunk, self.model.frozen_layers)
         modules = {"policy": policy} if critics is None else {"policy": policy, "critic": critics}
@@ -326,7 +330,7 @@ class TrainOnline:
         learner = self.learner(modules=modules, total_updates=updates, distribution=distribution)
         scorer = Scorer(
             rewards={name: source.load(self.hardware, template) for name, source in self.rewards.items()},
-            reference=distribution.frozen(load_frozen(self.model.reference, dtype=LEARNT, **options)),
+            reference=distribution.frozen(load_frozen(self.model.reference, **options)),
             critics=critics,
             temperature=self.sampling.temperature,
             tokens_at_once=learner.tokens_at_once,
@@ -334,6 +338,7 @@ class TrainOnline:
         self._warn_of_units(run)
         if self.shared_prefixes == "auto" and self.samples_per_prompt > 1:
             self._share_prefixes(run, policy, scorer)
+        self._share_weights(run, policy, critics, scorer)
         gold = {name: Gold(measure) for name, measure in self.dataset.gold.items()}
         return Parts(
             template=template,
@@ -364,6 +369,26 @@ class TrainOnline:
                 through(within.get(name, model), exactly)()
             except ValueError as reason:
                 run.console.say(f"{name} reads each prompt once per response: {reason}")
+
+    def _share_weights(self, run: Run, policy: PreTrainedModel, critics: Critics | None, scorer: Scorer) -> None:
+        """Keep once what several models have in common, and say which of them stand alone beside a shared base."""
+        scorers = {
+            f"{name} {i}": model
+            for name, source in self.rewards.items()
+            for i, model in enumerate(getattr(source, "models", ()))
+        }
+        learning = [policy, *([] if critics is None else [critics])]
+        saved = alias_frozen([*learning, scorer.reference, *scorers.values()])
+        if saved >= LEAST_SAID:
+            run.console.say(f"{saved / 2**20:.0f} MiB of frozen layers are in memory once instead of several times")
+        if isinstance(policy, AdapterView):
+            alone = [name for name, model in scorers.items() if not policy.stands_beside(model)]
+            sharing = 2 + len(scorers) - len(alone) + (critics is not None)
+            run.console.say(
+                f"{sharing} models are adapters and heads on one base, {policy.backbone.path}"
+                + (f", stored as {policy.backbone.quantise}" if policy.backbone.quantise else "")
+                + (f"; not on it, and so beside it in memory: {', '.join(alone)}" if alone else "")
+            )
 
     def _warn_of_units(self, run: Run) -> None:
         """Say of loaded sources if their scores are put to a use that they have no units for.

@@ -37,7 +37,7 @@ TELLING = ["stage=rollout_pairs", "conditions=preferences"]
 # what an option needs beside it: what only the person can say, or the kind of run that reads it
 BESIDE = {
     "model=hf": ["model.base=embedded:tiny", *SCORERS],
-    "model=qwen2_5_1_5b": SCORERS,
+    **{f"model=qwen2_5_{name}": SCORERS for name in ("1_5b", "7b_lora", "7b_lora_nf4")},
     "dataset=table": ["dataset.path=a/b"],
     "stage=train_offline": ["algorithm=sft"],
     "stage=train_preferences": ["algorithm=dpo"],
