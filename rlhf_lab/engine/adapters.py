@@ -254,9 +254,8 @@ def merge_into(model: "PreTrainedModel", view: AdapterView) -> None:
             continue
         weight = view.backbone.weight(layer)
         if name in factors:
-            delta = factors[name].delta().detach()
-            weight = weight + (delta.T if isinstance(layer, Conv1D) else delta)
-        target = model.get_parameter(f"{name}.weight")
-        target.data.copy_(weight)
+            weight = weight + factors[name].delta().detach()
+        target = model.get_submodule(name)  # of GPT-2 a Conv1D, also where the base's quantised layer is none
+        target.get_parameter("weight").data.copy_(weight.T if isinstance(target, Conv1D) else weight)
     if view.outputs:
         model.get_parameter(HEAD).data.copy_(view.score.weight)

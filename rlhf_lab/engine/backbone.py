@@ -207,10 +207,11 @@ class Backbone:
         return nullcontext(), self.wearing(self.active.factors, self.model.training)
 
     def weight(self, layer: Any) -> Tensor:
-        """A linear layer's weight in float32, as it computes with it."""
+        """(fan_out, fan_in): a linear layer's weight in float32, as it computes with it."""
         stored: Any = layer.weight
         if type(layer).__name__ not in QUANTISED:
-            return stored.detach().float()
+            weight = stored.detach().float()
+            return weight.T if isinstance(layer, Conv1D) else weight
         from bitsandbytes import functional
 
         if hasattr(stored, "quant_state"):

@@ -10,10 +10,11 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from hydra.utils import instantiate
 
-from rlhf_lab.engine.models import LEARNT, is_embedded
+from rlhf_lab.engine.models import LEARNT, base_of, is_embedded
 from rlhf_lab.launch.compose import Plan
 
 BYTES = {"float32": 4, "bfloat16": 2}
+BYTES_QUANTISED = {"nf4": 0.5, "int8": 1}  # of a base; its embeddings take more
 LEARNING = 4  # times its weights: gradients and AdamW's two moments are as large
 HEADS = ("lm_head.", "embed_out.")  # of a policy, which a critic or a scorer that starts from it has not
 
@@ -57,6 +58,9 @@ def parameters(path: str, promised: Mapping[str, Plan], trunk: bool = False) -> 
     """
     while path in promised and not Path(path).is_dir():
         plan = promised[path]
+        made = plan.config["stage"]["model"]
+        if made["peft"] and not made["merge"]:  # an adapter, which is next to nothing
+            return 0
         path, trunk = plan.config["stage"]["model"]["policy"], trunk or plan.config["output"] == "scorer"
     return sum(count for name, count in _sizes(path).items() if not (trunk and name.startswith(HEADS)))
 
@@ -71,12 +75,16 @@ def least_memory_mib(plan: Plan, promised: Mapping[str, Plan]) -> float:
     if "model" not in stage:
         return 0.0
     model, algorithm = stage["model"], stage.get("algorithm")
+    dtype = stage["hardware"]["dtype"]
+    scorers = [path for source in stage.get("rewards", {}).values() if source for path in source.get("members", ())]
+    beside = sum(parameters(path, promised, trunk=True) * BYTES[dtype] for path in scorers)
+    if model["peft"]:  # one base, and adapters
+        each = BYTES_QUANTISED[model["quantise"]] if model["quantise"] else BYTES[dtype]
+        return (parameters(base_of(model["policy"]), promised) * each + beside) / 2**20
     learning = 1 if algorithm is None or model["frozen_layers"] else LEARNING  # frozen layers have no gradients
     total = parameters(model["policy"], promised) * BYTES[LEARNT] * learning
     if "prompts_per_step" in stage:  # on its own samples
         total += parameters(model["reference"], promised) * BYTES[LEARNT]
         if instantiate(algorithm, _convert_="all").critics:
             total += parameters(model["critic"], promised, trunk=True) * BYTES[LEARNT] * learning
-    scorers = [path for source in stage.get("rewards", {}).values() if source for path in source.get("members", ())]
-    dtype = stage["hardware"]["dtype"]
-    return (total + sum(parameters(path, promised, trunk=True) * BYTES[dtype] for path in scorers)) / 2**20
+    return (total + beside) / 2**20
