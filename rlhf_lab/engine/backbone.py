@@ -79,6 +79,16 @@ class Factors(nn.Module):
         return self.scale * (self.lora_B.weight @ self.lora_A.weight)
 
 
+class Head(nn.Linear):
+    """In float32, whatever the states that it reads are in: heads learn, as adapters do."""
+
+    def __init__(self, width: int, outputs: int, *, bias: bool, device: torch.device) -> None:
+        super().__init__(width, outputs, bias=bias, device=device, dtype=torch.float32)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.to(self.weight.dtype))
+
+
 class Active:
     """Which adapter is at work on a base at the moment: place -> its factors there."""
 
@@ -231,7 +241,7 @@ def _fans(layer: nn.Module) -> tuple[int, int]:
     return layer.in_features, layer.out_features  # the weight of a quantised one has another shape
 
 
-class _Inner:
+class Inner:
     """The base without its language-model head, called with a view's adapter."""
 
     def __init__(self, view: "AdapterView") -> None:
@@ -288,9 +298,7 @@ class AdapterView(nn.Module):
         self.config = _Config(backbone.model.config, outputs)
         self.generation_config = backbone.model.generation_config
         if outputs:
-            self.score = nn.Linear(
-                backbone.width, len(outputs), bias=False, device=backbone.model.device, dtype=torch.float32
-            )
+            self.score = Head(backbone.width, len(outputs), bias=False, device=backbone.model.device)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 nn.init.normal_(self.score.weight, std=getattr(self.config, "initializer_range", 0.02))
@@ -310,17 +318,12 @@ class AdapterView(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what it returns."""
-        return torch.float32 if self._is_read_by_a_head else self.backbone.model.dtype
+        """In which the base computes."""
+        return self.backbone.model.dtype
 
     @property
-    def _is_read_by_a_head(self) -> bool:
-        """Heads, like adapters, learn in float32, whatever the base is in."""
-        return self.is_trunk or bool(self.outputs)
-
-    @property
-    def base_model(self) -> _Inner:
-        return _Inner(self)
+    def base_model(self) -> Inner:
+        return Inner(self)
 
     def get_output_embeddings(self) -> nn.Module | None:
         return self.backbone.model.get_output_embeddings()
@@ -336,14 +339,11 @@ class AdapterView(nn.Module):
     def inner(self, **inputs: Any) -> Any:
         """The hidden states of the base with this adapter."""
         with self.wearing():
-            said = self.backbone.model.base_model(**inputs)
-        if self._is_read_by_a_head:
-            said.last_hidden_state = said.last_hidden_state.float()
-        return said
+            return self.backbone.model.base_model(**inputs)
 
     def forward(self, **inputs: Any) -> Any:
         """As the base is called, or the base without its head if this is a trunk or a value model."""
-        if self._is_read_by_a_head:
+        if self.is_trunk or self.outputs:
             return self.inner(**inputs)
         with self.wearing():
             return self.backbone.model(**inputs)

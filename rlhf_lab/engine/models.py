@@ -31,6 +31,8 @@ from rlhf_lab.engine.backbone import (
     ALL_LINEAR,
     AdapterView,
     Backbone,
+    Head,
+    Inner,
     Lora,
     Quantise,
     alive,
@@ -600,7 +602,10 @@ class Critics(nn.Module):
             self.trunk = trunk
         # what the language-model head would read: as wide as the embeddings, also where the layers are wider (OPT)
         width = cast(Tensor, trunk.get_input_embeddings().weight).shape[1]
-        self.heads = nn.Linear(width, len(names), dtype=trunk.dtype)
+        if isinstance(trunk, AdapterView | Inner):
+            self.heads = Head(width, len(names), bias=True, device=trunk.device)
+        else:
+            self.heads = nn.Linear(width, len(names), dtype=trunk.dtype)
         nn.init.zeros_(self.heads.weight)
         nn.init.zeros_(self.heads.bias)
 

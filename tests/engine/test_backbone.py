@@ -28,7 +28,9 @@ from rlhf_lab.engine.models import (
     parameters_of,
     restore_parameters,
     save_model,
+    shared_critics,
 )
+from rlhf_lab.engine.prefixes import share_prefixes, shares_prefixes
 from rlhf_lab.types import Sequences, Term, TextBatch
 
 CPU = torch.device("cpu")
@@ -355,3 +357,36 @@ def test_a_missing_package_is_refused_with_the_command_that_installs_it(monkeypa
     monkeypatch.setattr("rlhf_lab.engine.adapters.find_spec", lambda package: package == "peft" or None)
     with pytest.raises(ValueError, match=r"pip install 'rlhf_lab\[quantised\]'"):
         paths(quantise="nf4").check(["policy"])
+
+
+def test_a_base_in_bfloat16_has_adapters_and_heads_that_learn_in_float32(hf_folder: Folder, ragged: Ragged):
+    options = OPTIONS | {"dtype": "bfloat16", "adapters": adapters()}
+    policy = load_policy(hf_folder("llama"), **options)
+    critics = load_critics(hf_folder("llama"), ("reward",), **options)
+    on_policy = shared_critics(policy, ("reward", "cost"))
+    scorer = new_scorer(hf_folder("llama"), **options)
+    assert policy.dtype == torch.bfloat16
+    for module in (policy, critics, on_policy, scorer):
+        assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+    sequences, _, _ = ragged(policy.config.vocab_size, 4)
+    said = policy_forward(policy, sequences, critics=on_policy)
+    values, scores = critic_values(critics, sequences)["reward"], raw_outputs(scorer, sequences)
+    (said.logprobs.sum() + said.values["cost"].sum() + values.sum() + scores.sum()).backward()
+    for module in (policy, critics, on_policy, scorer):
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+
+
+def test_rows_behind_one_prompt_say_the_same_on_a_shared_base(hf_folder: Folder, ragged: Ragged):
+    folder = hf_folder("qwen2")
+    policy = load_policy(folder, adapters=adapters(), **OPTIONS)
+    scorer = new_scorer(folder, adapters=adapters(), **OPTIONS).eval()
+    disturb(policy, 1)
+    disturb(scorer, 2)
+    sequences, _, _ = ragged(policy.config.vocab_size, 4)
+    rows = sequences.select(torch.tensor([0, 1, 1, 2, 2, 3]))
+    with torch.no_grad():
+        expected = policy_forward(policy, rows).logprobs, raw_outputs(scorer, rows)
+        share_prefixes(policy)
+        assert shares_prefixes(scorer)  # it is the base that computes
+        assert_close(policy_forward(policy, rows).logprobs, expected[0], atol=1e-5, rtol=1e-5)
+        assert_close(raw_outputs(scorer, rows), expected[1], atol=1e-5, rtol=1e-5)
