@@ -40,7 +40,7 @@ Ragged = Callable[..., tuple[Sequences, list[list[int]], list[list[int]]]]
 
 
 def lora(**changes: Any) -> Lora:
-    settings = {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear", "layers_to_transform": None}
+    settings: dict[str, Any] = {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear", "layers_to_transform": None}
     return Lora(**(settings | changes))
 
 
@@ -210,6 +210,7 @@ def test_what_is_computed_again_in_the_backward_pass_has_the_adapter_of_the_forw
 ):
     folder = hf_folder("llama")
     policy, other = (load_policy(folder, adapters=adapters(), **OPTIONS) for _ in range(2))
+    reference = load_frozen(folder, adapters=adapters(), **OPTIONS)
     disturb(policy, 1)
     disturb(other, 2)
     sequences, _, _ = ragged(policy.config.vocab_size, 4)
@@ -219,7 +220,7 @@ def test_what_is_computed_again_in_the_backward_pass_has_the_adapter_of_the_forw
         other.zero_grad(set_to_none=True)
         # both graphs are alive, and another view computes last, before any backward pass
         total = policy_forward(policy, sequences).logprobs.sum() - 2 * policy_forward(other, sequences).logprobs.sum()
-        logprobs_of(load_frozen(folder, adapters=adapters(), **OPTIONS), sequences)
+        logprobs_of(reference, sequences)
         total.backward()
         return [cast(torch.Tensor, p.grad) for model in (policy, other) for p in model.parameters()]
 
@@ -334,7 +335,8 @@ def test_a_quantised_base_is_smaller_near_the_base_and_learns(
 
 def paths(**changes: Any) -> ModelPaths:
     settings: dict[str, Any] = {"peft": "lora", "lora": lora(), "learning_rates": {}}
-    return ModelPaths(**(settings | dict.fromkeys(("base", "policy", "reference", "critic"), "a/b") | changes))
+    settings |= dict.fromkeys(("base", "policy", "reference", "critic"), "a/b")
+    return ModelPaths(**(settings | changes))
 
 
 def test_settings_that_do_not_go_together_are_refused():
