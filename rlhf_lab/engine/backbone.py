@@ -9,13 +9,14 @@ Source: LoRA, Hu et al. 2022, arXiv:2106.09685; on a quantised base QLoRA, Dettm
 
 import math
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_lab.types import Count, Fraction, Positive
@@ -212,8 +213,22 @@ class Backbone:
         finally:
             self.active.factors = before
 
-    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """For gradient checkpointing: what is computed again is computed with the adapter of the first time."""
+    def recompute_layers(self) -> None:
+        """From now on layers keep their inputs only, and compute the rest again with the adapter of the first time."""
+        for layer in layers_of(self.model) or ():
+            if "forward" not in vars(layer):
+                cast(Any, layer).forward = self._recomputed(layer.forward)
+
+    def _recomputed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            return checkpoint(forward, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
+
+        return call
+
+    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Of the forward pass, and of when its layers are computed again."""
         return nullcontext(), self.wearing(self.active.factors, self.model.training)
 
     def weight(self, layer: Any) -> Tensor:
@@ -348,16 +363,9 @@ class AdapterView(nn.Module):
         with self.wearing():
             return self.backbone.model(**inputs)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
-        """Keep the inputs of the layers only, and compute the rest again, with this adapter, in the backward pass."""
-        settings = {**(gradient_checkpointing_kwargs or {})}
-        settings |= {"use_reentrant": False, "context_fn": self.backbone.checkpoint_contexts}
-        model = cast(Any, self.backbone.model)
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
-        model.disable_input_require_grads()  # gradients go no further down than the first adapter
-
-    def gradient_checkpointing_disable(self) -> None:
-        cast(Any, self.backbone.model).activation_checkpointing_disable()
+    def recompute_layers(self) -> None:
+        """Keep the inputs of the layers only, and compute the rest again in the backward pass, for all on this base."""
+        self.backbone.recompute_layers()
 
     def copied(self, *, outputs: Sequence[str] = (), is_trunk: bool = False, seed: int = 0) -> "AdapterView":
         """Another view on the same base whose adapter begins where this one's stands, with heads of its own."""

@@ -22,6 +22,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_lab.engine import ranks
+from rlhf_lab.engine.backbone import AdapterView
 from rlhf_lab.engine.models import Hardware, layers, parameters_of, restore_parameters
 from rlhf_lab.interfaces import RolloutEngine
 from rlhf_lab.types import PromptBatch, Rollout
@@ -233,6 +234,8 @@ class Distribution(ABC):
 
     def _recompute(self, module: nn.Module) -> None:
         """Have each layer keep its input alone, and compute the rest again in the backward pass."""
+        if views := [part for part in module.modules() if isinstance(part, AdapterView)]:
+            views[0].recompute_layers()
         for layer in layers(module):
             cast(Any, layer).forward = _Recomputed(layer.forward, self._reenters)
 

@@ -102,7 +102,16 @@ class ModelPaths:
         return Adapters(lora=self.lora, quantise=self.quantise, frozen_layers=self.frozen_layers)
 
     def dtype(self, hardware: "Hardware") -> str:
-        """Of a policy, its reference and critics: what learns, learns in float32; a base that does not may be less."""
+        """Of a policy, its reference and critics: what learns, learns in float32; a base that does not may be less.
+
+        Raises:
+            ValueError: the base would be sharded.
+        """
+        if self.peft and hardware.distribution != "ddp":
+            raise ValueError(
+                "model.peft=lora keeps one base in each process, but "
+                f"hardware.distribution={hardware.distribution} cuts models into shards; use hardware=ddp, gpu or cpu"
+            )
         return LEARNT if self.peft is None else hardware.dtype
 
     def check(self, roles: Sequence[str], promised: Collection[str] = ()) -> None:

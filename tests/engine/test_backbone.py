@@ -40,7 +40,13 @@ Ragged = Callable[..., tuple[Sequences, list[list[int]], list[list[int]]]]
 
 
 def lora(**changes: Any) -> Lora:
-    settings: dict[str, Any] = {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear", "layers_to_transform": None}
+    settings: dict[str, Any] = {
+        "rank": 4,
+        "alpha": 8,
+        "dropout": 0.0,
+        "target_modules": "all-linear",
+        "layers_to_transform": None,
+    }
     return Lora(**(settings | changes))
 
 
@@ -224,10 +230,8 @@ def test_what_is_computed_again_in_the_backward_pass_has_the_adapter_of_the_forw
         total.backward()
         return [cast(torch.Tensor, p.grad) for model in (policy, other) for p in model.parameters()]
 
-    policy.train()
-    other.train()
     expected = gradients()
-    view_of(policy).gradient_checkpointing_enable()
+    view_of(policy).recompute_layers()
     layer = view_of(policy).backbone.model.get_submodule("model.layers.0.self_attn")
     calls: list[int] = []
     handle = layer.register_forward_hook(lambda *_: calls.append(1))
