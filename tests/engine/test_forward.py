@@ -1,5 +1,6 @@
 """policy_forward, critic_values and raw_scores against the models' own full outputs on single rows without padding."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -11,8 +12,8 @@ from torch.testing import assert_close
 from rlhf_lab.data.tokenise import join, pad
 from rlhf_lab.engine import forward
 from rlhf_lab.engine.forward import critic_values, policy_forward, raw_scores, text_scores, token_logprobs
-from rlhf_lab.engine.models import Critics, load_critics, load_policy
-from rlhf_lab.types import Sequences
+from rlhf_lab.engine.models import Critics, load_critics, load_policy, shared_critics
+from rlhf_lab.types import PolicyForward, Sequences
 
 CPU = torch.device("cpu")
 close = partial(assert_close, atol=1e-5, rtol=1e-5)
@@ -258,6 +259,42 @@ def test_policy_forward_gives_each_critic_its_values(hf_folder: Folder, ragged: 
     assert policy_forward(model, sequences).values == {}
     expected = critic_values(critics, sequences)
     close(policy_forward(model, sequences, critics=critics).values, expected)
+
+
+def test_heads_on_the_policys_trunk_read_its_pass_and_teach_it(hf_folder: Folder, ragged: Ragged):
+    model = policy_of(hf_folder("llama"))
+    shared = shared_critics(model, ("reward", "cost"))
+    assert {name for name, _ in shared.named_parameters()} == {"heads.weight", "heads.bias"}
+    torch.manual_seed(1)
+    torch.nn.init.normal_(shared.heads.weight)
+    apart = Critics(copy.deepcopy(model.model), ("reward", "cost"))  # a trunk of its own with the same weights
+    apart.heads.load_state_dict(shared.heads.state_dict())
+    sequences, _, _ = ragged(model.config.vocab_size, 4)
+    policy_forward(model, sequences)  # the first call looks at the model itself
+    passes: list[int] = []
+    handle = model.model.register_forward_hook(lambda *_: passes.append(1))
+    found = policy_forward(model, sequences, critics=shared)
+    handle.remove()
+    assert len(passes) == 1
+    close(found.values, critic_values(apart, sequences))
+
+    def loss(said: PolicyForward) -> torch.Tensor:
+        return said.logprobs.sum() + said.values["cost"].square().sum()
+
+    model.zero_grad()
+    loss(found).backward()
+    together = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    heads = shared.heads.weight.grad
+    model.zero_grad()
+    loss(policy_forward(model, sequences, critics=apart)).backward()
+    assert heads is not None
+    close(heads, apart.heads.weight.grad)
+    from_values = dict(apart.trunk.named_parameters())
+    for name, own in model.named_parameters():
+        other = from_values.get(name.removeprefix("model."))
+        assert own.grad is not None
+        expected = own.grad if other is None or other.grad is None else own.grad + other.grad
+        assert_close(together[name], expected, atol=1e-4, rtol=1e-4)
 
 
 def scorer_of(folder: str) -> transformers.PreTrainedModel:
