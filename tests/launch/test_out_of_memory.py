@@ -15,7 +15,7 @@ from rlhf_lab.engine.learner import Learner
 from rlhf_lab.launch.compose import ROOT
 from rlhf_lab.launch.execute import RunFailed, execute
 
-# 256 rows in one microbatch hold a few hundred MB of activations; the limit begins when the weights are there
+# 256 rows in one microbatch hold a few hundred MB of activations; the limit holds in the updates
 LIMITED = """
 import resource, sys
 from pathlib import Path
@@ -24,11 +24,17 @@ from rlhf_lab.launch.main import main
 
 update = Learner.update
 
+limits = []
+
 def limited(*arguments):
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 80 * 2**20, -1))
-    Learner.update = update
-    return update(*arguments)
+    if not limits:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limits.append(pages * resource.getpagesize() + 80 * 2**20)
+    resource.setrlimit(resource.RLIMIT_AS, (limits[0], -1))
+    try:
+        return update(*arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
 
 Learner.update = limited
 main()
