@@ -23,7 +23,7 @@ _SAID = re.compile(
 )
 _ASKED = re.compile(r"(?:tried to allocate|allocate|alloc)\s+([\d.]+)\s*(bytes|[KMGT]i?B)", re.IGNORECASE)
 _BYTES = {"b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
-_ELSE = "take a smaller model, or hardware with more memory"
+_ELSE = "hardware.gradient_checkpointing=true or hardware=fsdp need less, and so does model.peft=lora, as another run"
 BUDGET, IN_FLIGHT = "learner.tokens_at_once", "sampling.batch_size"
 
 
