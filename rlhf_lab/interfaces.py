@@ -222,6 +222,28 @@ class RolloutEngine(Protocol):
         ...
 
 
+class Engines(Protocol):
+    """Which rollout engine a run samples with, and what its being another than the learner asks of the loss."""
+
+    def check(self, sampling: Any) -> None:
+        """Refuse settings that the engine cannot apply, before any weights are loaded."""
+        ...
+
+    def engine(self, model: Any, template: Any, sampling: Any) -> RolloutEngine:
+        """An engine that samples from `model`."""
+        ...
+
+    def measured(
+        self, rollout: Rollout, policy: Any, temperature: float, tokens_at_once: int
+    ) -> tuple[Rollout, Metrics]:
+        """The rollout with the learner's log-probabilities, and how far those of the engine are from them."""
+        ...
+
+    def corrected(self, terms: Sequence[Term], rollout: Rollout) -> Sequence[Term]:
+        """The terms of a loss on such a rollout, weighted for its having been sampled by the engine."""
+        ...
+
+
 class RewardSource(Protocol):
     """Says how good (or, for a cost, how bad: higher is worse) each response is, in its own units."""
 

@@ -111,6 +111,8 @@ class Rollout(Batch):
     finished: Tensor  # (B,) bool, False if cut at the length limit
     responses: list[str]  # decoded, without special tokens
     logprobs: Tensor  # (B, T) of the sampled tokens, under the distribution they were sampled from; 0 where masked
+    # (B, T), one, from an engine that is not the policy: `logprobs`, which are then the policy's, less the engine's
+    log_ratio: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.responses)

@@ -128,10 +128,6 @@ class Generator:
     def sync(self) -> None:
         """Nothing to do: the weights are the policy's own."""
 
-    def drawing(self, sampling: Sampling) -> "Generator":
-        """An engine of the same policy that draws otherwise."""
-        return Generator(self.model, self.template, sampling)
-
     @torch.no_grad()
     def generate(self, prompts: PromptBatch, samples: int, seed: int) -> Rollout:
         """`samples` responses to each prompt; responses to one prompt are neighbours.

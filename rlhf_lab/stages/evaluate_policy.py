@@ -9,13 +9,13 @@ from typing import Any
 from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.tables import Rows, read_table
 from rlhf_lab.data.templates import Template
-from rlhf_lab.engine.generate import Generator, Sampling
+from rlhf_lab.engine.generate import Sampling
 from rlhf_lab.engine.models import Hardware, ModelPaths, load_frozen
 from rlhf_lab.evaluation.evaluator import leave_table
 from rlhf_lab.evaluation.policies import split_metrics
 from rlhf_lab.evaluation.refusals import RefusalPhrases, Verdicts, world_refusals
 from rlhf_lab.evaluation.text_overlap import TextOverlap
-from rlhf_lab.interfaces import Conditions, Judge
+from rlhf_lab.interfaces import Conditions, Engines, Judge, RolloutEngine
 from rlhf_lab.judges.price import account
 from rlhf_lab.records import Comparison, Prompt
 from rlhf_lab.run import Run
@@ -31,6 +31,7 @@ class EvaluatePolicy(Evaluate):
     """Leaves `generations.parquet`, every response with all that was measured on it, and `eval/<split>/…` metrics.
 
     Args:
+        rollout: which engine samples.
         samples_per_prompt: responses to each; intervals are over prompts all the same.
         prompts_per_shard: prompts between two saves; a killed run continues after its last shard.
         refusals: whether responses that refuse are counted: in the embedded world by its grammar, elsewhere by phrases.
@@ -48,6 +49,7 @@ class EvaluatePolicy(Evaluate):
         dataset: Dataset,
         rewards: Mapping[str, Any],
         evaluation_sampling: Sampling,
+        rollout: Engines,
         hardware: Hardware,
         tokens_at_once: Count,
         conditions: Conditions,
@@ -70,6 +72,7 @@ class EvaluatePolicy(Evaluate):
             conditions=conditions,
         )
         self.samples_per_prompt, self.prompts_per_shard = samples_per_prompt, prompts_per_shard
+        self.rollout = rollout
         self.refuses: Refuses | None = None
         if refusals:
             self.refuses = world_refusals if dataset.is_world else refusal_phrases
@@ -80,6 +83,7 @@ class EvaluatePolicy(Evaluate):
     def check(self, promised: Collection[str] = ()) -> None:
         """Refuse what cannot work, before anything is loaded; `promised` paths will be there by then."""
         super().check(promised)
+        self.rollout.check(self.sampling)
         if self.criteria and not self.has_references:
             raise ValueError(
                 f"stage.criteria={list(self.criteria)} are for a judge who compares responses with those of the data; "
@@ -110,7 +114,9 @@ class EvaluatePolicy(Evaluate):
     def run(self, run: Run) -> Metrics:
         bench = self.bench(self.model.policy, run.seed)
         bench = replace(bench, evaluator=replace(bench.evaluator, samples_per_prompt=self.samples_per_prompt))
-        engine = Generator(load_frozen(self.model.policy, **bench.options), bench.evaluator.template, self.sampling)
+        policy = load_frozen(self.model.policy, **bench.options)
+        engine = self.rollout.engine(policy, bench.evaluator.template, self.sampling)
+        engine.sync()
         judge = self.judge.load(self.hardware, bench.evaluator.template) if self.criteria else None
         if self.has_references:
             self.overlap.load()
@@ -146,7 +152,7 @@ class EvaluatePolicy(Evaluate):
         return derive(seed, "evaluation", split, *([shard] if shard else []))
 
     def _shard(
-        self, engine: Generator, bench: Bench, judge: Judge | None, split: str, prompts: Sequence[Prompt], seed: int
+        self, engine: RolloutEngine, bench: Bench, judge: Judge | None, split: str, prompts: Sequence[Prompt], seed: int
     ) -> Shard:
         """The rows as JSON, since what they hold is nested."""
         rows = bench.evaluator.sample(engine, bench.scorer, split, prompts, seed)

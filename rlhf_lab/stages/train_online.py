@@ -17,7 +17,7 @@ from rlhf_lab.engine.accounting import EVALUATION, Account
 from rlhf_lab.engine.backbone import AdapterView
 from rlhf_lab.engine.distribution import Distribution, through
 from rlhf_lab.engine.forward import policy_forward
-from rlhf_lab.engine.generate import Generator, Sampling
+from rlhf_lab.engine.generate import Sampling
 from rlhf_lab.engine.learner import Learner, Part, minibatch_count
 from rlhf_lab.engine.models import (
     SHARED,
@@ -38,7 +38,7 @@ from rlhf_lab.engine.score import Scorer, own_family_microbatches, own_microbatc
 from rlhf_lab.engine.trunk import alias_frozen
 from rlhf_lab.evaluation.evaluator import Evaluator, leave_table, under_conditions
 from rlhf_lab.evaluation.metrics import rollout_metrics, warnings
-from rlhf_lab.interfaces import Conditions, OnlineAlgorithm, RewardSource, RolloutEngine
+from rlhf_lab.interfaces import Conditions, Engines, OnlineAlgorithm, RewardSource, RolloutEngine
 from rlhf_lab.records import Demonstration, Prompt
 from rlhf_lab.rewards.gold import Gold
 from rlhf_lab.run import Run
@@ -81,6 +81,7 @@ class TrainOnline:
         prompts_per_step, samples_per_prompt: their product is the batch.
         shared_prefixes: "auto": models compute a prompt once for all responses to it, forward and backward, where they
             can and there are several. Changes memory and speed only.
+        rollout: which engine samples, in training and held-out evaluation.
         conditions: what the policy is told beside each request, in training and held-out evaluation.
         demonstrations: data of the ptx term, or null.
         ptx_coef: weight of the likelihood of demonstrations beside the RL loss (Ouyang et al. 2022, eq. 2); 0: none.
@@ -98,6 +99,7 @@ class TrainOnline:
         costs: Sequence[str],
         sampling: Sampling,
         evaluation_sampling: Sampling,
+        rollout: Engines,
         learner: partial[Learner],
         hardware: Hardware,
         steps: Count,
@@ -114,7 +116,7 @@ class TrainOnline:
         self.rewards = {name: source for name, source in rewards.items() if source is not None}
         self.costs = [name for name in costs if name in self.rewards]
         self.unknown_costs = [name for name in costs if name not in rewards]
-        self.sampling, self.evaluation_sampling = sampling, evaluation_sampling
+        self.sampling, self.evaluation_sampling, self.rollout = sampling, evaluation_sampling, rollout
         self.learner, self.hardware, self.steps = learner, hardware, steps
         self.prompts_per_step, self.samples_per_prompt = prompts_per_step, samples_per_prompt
         self.shared_prefixes, self.conditions = shared_prefixes, conditions
@@ -169,6 +171,8 @@ class TrainOnline:
                 "every condition, so these weights would do nothing; use objective=preferred, or conditions=none"
             )
         self.sampling.check_trainable()
+        for sampling in (self.sampling, self.evaluation_sampling):
+            self.rollout.check(sampling)
         if self.samples_per_prompt < self.algorithm.least_samples:
             raise ValueError(
                 f"stage.samples_per_prompt={self.samples_per_prompt}, but {type(self.algorithm).__name__} compares "
@@ -222,8 +226,12 @@ class TrainOnline:
         """
         with account.phase("rollout"):
             prompts = prompt_batch(parts.template, self._next_prompts(parts.prompts, iteration, seed))
+            parts.engine.sync()
             rollout = parts.engine.generate(prompts, self.samples_per_prompt, derive(seed, "sampling", iteration))
         with account.phase("scoring"):
+            rollout, mismatch = self.rollout.measured(
+                rollout, parts.policy, self.sampling.temperature, parts.learner.tokens_at_once
+            )
             scored = parts.scorer.score(rollout)
             experience, metrics = self.algorithm.prepare(scored)
         with account.phase("update"):
@@ -231,7 +239,7 @@ class TrainOnline:
             learnt = parts.learner.update(losses, derive(seed, "learner", iteration))
 
         gold = {name: source.score(rollout) for name, source in parts.gold.items()}
-        metrics |= _named(learnt) | rollout_metrics(scored, gold, self.limits, self.algorithm.streams[0])
+        metrics |= mismatch | _named(learnt) | rollout_metrics(scored, gold, self.limits, self.algorithm.streams[0])
         return metrics, {
             "rollout": int(scored.response_mask.sum()),
             "scoring": int(rollout.sequences.lengths.sum()) * parts.scorer.num_models,
@@ -261,7 +269,7 @@ class TrainOnline:
         """The method's terms, and what is reported of every policy update."""
         log_ratio = (new.logprobs - batch.scored.logprobs).detach()
         return [
-            *self.algorithm.loss(new, batch),
+            *self.rollout.corrected(self.algorithm.loss(new, batch), batch.scored.rollout),
             Term("ratio", log_ratio.exp(), "token", 0.0),
             Term("approxkl", log_ratio.square() / 2, "token", 0.0),
             Term("entropy", new.entropy, "token", 0.0),
@@ -280,10 +288,11 @@ class TrainOnline:
 
     def _evaluate(self, run: Run, parts: Parts, step: int, account: Account) -> Metrics:
         """Held-out metrics; every row goes to samples/, a few to the console."""
-        make = partial(Generator, template=parts.template, sampling=self.evaluation_sampling)
+        make = partial(self.rollout.engine, template=parts.template, sampling=self.evaluation_sampling)
         engine = parts.distribution.engine(parts.policy, make)
         temperature = self.evaluation_sampling.temperature or 1.0
         with account.phase(EVALUATION):
+            engine.sync()
             metrics, rows = parts.evaluator.evaluate(engine, parts.scorer.without_critics(temperature))
         run.write_rows(f"samples/step_{step:06d}.jsonl", rows)
         leave_table(run, step, rows, parts.scorer, self.evaluation_sampling)
@@ -347,7 +356,7 @@ class TrainOnline:
             prompts=prompts,
             demonstrations=demonstrations,
             distribution=distribution,
-            engine=distribution.engine(policy, partial(Generator, template=template, sampling=self.sampling)),
+            engine=distribution.engine(policy, partial(self.rollout.engine, template=template, sampling=self.sampling)),
             scorer=scorer,
             learner=learner,
             gold=gold,

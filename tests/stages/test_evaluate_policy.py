@@ -10,6 +10,7 @@ from rlhf_lab.data.conditions import NoConditions
 from rlhf_lab.data.generations import Generations
 from rlhf_lab.engine.generate import Sampling
 from rlhf_lab.engine.models import Hardware, ModelPaths
+from rlhf_lab.engine.rollouts import BuiltIn
 from rlhf_lab.evaluation.refusals import RefusalPhrases
 from rlhf_lab.evaluation.text_overlap import TextOverlap
 from rlhf_lab.judges.none import NoJudge
@@ -60,6 +61,7 @@ def evaluated(tmp_path, world):
             **{
                 **SETTINGS,
                 "dataset": dataset,
+                "rollout": BuiltIn(),
                 "samples_per_prompt": 2,
                 "prompts_per_shard": 3,
                 "refusals": True,

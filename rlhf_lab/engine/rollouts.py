@@ -1,0 +1,199 @@
+"""Which engine samples from the policy: the choices of `rollout=`, checked before anything is loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rlhf_lab.data.templates import Template
+from rlhf_lab.engine import ranks
+from rlhf_lab.engine.continuous_batching import ContinuousBatcher
+from rlhf_lab.engine.distribution import through
+from rlhf_lab.engine.forward import policy_forward
+from rlhf_lab.engine.generate import Generator, Sampling
+from rlhf_lab.engine.prefixes import shares_prefixes
+from rlhf_lab.engine.score import by_length
+from rlhf_lab.engine.vllm_rollout import VllmClient, VllmServer
+from rlhf_lab.functional.mismatch import mismatch, truncated_weights
+from rlhf_lab.interfaces import RolloutEngine
+from rlhf_lab.types import Count, Metrics, Positive, Rollout, Term
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MEASURED_ROWS = 8  # of each rollout of the built-in engine: enough to see that its mismatch is rounding
+
+
+def measure(rollout: Rollout, policy: "PreTrainedModel", temperature: float, tokens_at_once: int) -> Tensor:
+    """(B, T) log-probabilities of a rollout's tokens under the policy, as the learner computes them."""
+    return by_length(
+        rollout.sequences,
+        tokens_at_once,
+        policy.device,
+        through(policy, lambda rows: policy_forward(policy, rows, temperature=temperature).logprobs),
+        together=shares_prefixes(policy),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltIn:
+    """`Generator`: the policy itself, so that what it recorded are the learner's log-probabilities, up to rounding."""
+
+    def check(self, sampling: Sampling) -> None:
+        """It can do everything."""
+
+    def engine(self, model: "PreTrainedModel", template: Template, sampling: Sampling) -> RolloutEngine:
+        """An engine that samples from `model`."""
+        return Generator(model, template, sampling)
+
+    def measured(
+        self, rollout: Rollout, policy: "PreTrainedModel", temperature: float, tokens_at_once: int
+    ) -> tuple[Rollout, Metrics]:
+        """The same rollout, and how far a few of its rows are from what the learner says of them."""
+        few = rollout.select(torch.arange(min(len(rollout), MEASURED_ROWS)))
+        learner = measure(few, policy, temperature, tokens_at_once)
+        return rollout, mismatch(few.logprobs, learner, few.sequences.response_mask)
+
+    def corrected(self, terms: Sequence[Term], rollout: Rollout) -> Sequence[Term]:
+        """The same terms: there is nothing to correct."""
+        return terms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreign:
+    """An engine that computes otherwise than the learner: its samples come from a slightly different policy.
+
+    `logprobs` of its rollouts become the learner's, so that ratios start at 1 and the KL is the learner's; what the
+    samples' origin changes in the loss is corrected by truncated importance weights.
+    """
+
+    importance_cap: Positive | None
+
+    def measured(
+        self, rollout: Rollout, policy: "PreTrainedModel", temperature: float, tokens_at_once: int
+    ) -> tuple[Rollout, Metrics]:
+        """The rollout with the learner's log-probabilities in place of the engine's, and how far these were."""
+        learner = measure(rollout, policy, temperature, tokens_at_once)
+        figures = mismatch(rollout.logprobs, learner, rollout.sequences.response_mask)
+        return replace(rollout, logprobs=learner, log_ratio=(learner - rollout.logprobs,)), figures
+
+    def corrected(self, terms: Sequence[Term], rollout: Rollout) -> Sequence[Term]:
+        """Each term that moves the policy, weighted by how much likelier the learner was to say what the engine said.
+
+        A token's term gets its token's weight, a response's that of the whole response, both cut at `importance_cap`.
+        Values and what is only reported stay.
+        """
+        if self.importance_cap is None:
+            return terms
+        (log_ratio,) = rollout.log_ratio
+        weights = {
+            "token": truncated_weights(log_ratio, self.importance_cap),
+            "row": truncated_weights(log_ratio.sum(1), self.importance_cap),
+        }
+        return [
+            replace(term, values=term.values * weights[term.per])
+            if term.weight and not term.name.startswith("value/")
+            else term
+            for term in terms
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinuousBatching(Foreign):
+    """transformers' `ContinuousBatchingManager`: the policy's own weights, and attention of its own over pages.
+
+    Equal seeds give equal responses to equal batches of prompts, under one version of the library: its random numbers
+    are those of the batch, not of the response.
+    """
+
+    page_size: Count
+    max_batch_tokens: Count
+    memory: Count
+
+    def check(self, sampling: Sampling) -> None:
+        """Refuse settings that the library's manager does not apply."""
+        wrong = {
+            f"min_new_tokens={sampling.min_new_tokens}": bool(sampling.min_new_tokens),
+            f"stop_strings={list(sampling.stop_strings)}": bool(sampling.stop_strings),
+            f"repetition_penalty={sampling.repetition_penalty}": sampling.repetition_penalty != 1,
+        }
+        _refuse("continuous_batching", [f"sampling.{what}" for what, there in wrong.items() if there])
+
+    def engine(self, model: "PreTrainedModel", template: Template, sampling: Sampling) -> RolloutEngine:
+        """An engine that samples from `model`.
+
+        Raises:
+            ValueError: the run has several processes, or the model is adapters on a base that others use too.
+        """
+        _refuse(
+            "continuous_batching",
+            [
+                *(["several processes"] if ranks.world() > 1 else []),
+                *([] if hasattr(model, "generate_batch") else ["adapters on a shared base"]),
+            ],
+        )
+        return ContinuousBatcher(
+            model,
+            template,
+            sampling,
+            page_size=self.page_size,
+            max_batch_tokens=self.max_batch_tokens,
+            pages=-(-self.memory // self.page_size),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vllm(Foreign):
+    """vLLM, as a server that the run starts, or one that is there.
+
+    Each prompt's request carries a seed derived from the run's, the step and the prompt, so a resumed run asks the same
+    of the same weights; that vLLM answers the same is up to its version, its batching and the device.
+    """
+
+    python: str | None
+    url: str | None
+    folder: str | None
+    arguments: Sequence[str]
+    start_timeout: Positive
+
+    def check(self, sampling: Sampling) -> None:
+        """Refuse a server that cannot be found or started."""
+        if (self.python is None) == (self.url is None):
+            raise ValueError(
+                f"rollout=vllm has python={self.python} and url={self.url}; give one of them: rollout.python=<the "
+                "interpreter of the environment with vLLM>, or rollout.url=<a server> with rollout.folder"
+            )
+        if self.url is not None and self.folder is None:
+            raise ValueError("rollout.url needs rollout.folder, the folder that the server serves: weights go there")
+        if self.python is not None and not Path(self.python).expanduser().exists():
+            raise ValueError(f"rollout.python={self.python}: no such file; give the interpreter that has vLLM")
+
+    def engine(self, model: "PreTrainedModel", template: Template, sampling: Sampling) -> RolloutEngine:
+        """An engine that samples from `model`; its server starts with the first `sync`.
+
+        Raises:
+            ValueError: the run has several processes, or the model is adapters on a base that others use too.
+        """
+        _refuse(
+            "vllm",
+            [
+                *(["several processes"] if ranks.world() > 1 else []),
+                *([] if hasattr(model, "save_pretrained") else ["adapters on a shared base"]),
+            ],
+        )
+        server = VllmServer(
+            python=None if self.python is None else str(Path(self.python).expanduser()),
+            url=self.url,
+            folder=self.folder,
+            arguments=self.arguments,
+            start_timeout=self.start_timeout,
+        )
+        return VllmClient(server, model, template, sampling)
+
+
+def _refuse(engine: str, found: Sequence[str]) -> None:
+    if found:
+        raise ValueError(f"rollout={engine} does not work with {', '.join(found)}; use rollout=built_in")

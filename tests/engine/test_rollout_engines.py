@@ -1,0 +1,203 @@
+"""Rollout engines beside the built-in one, and what the loss makes of samples that are not quite the learner's."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from rlhf_lab.data.templates import Template
+from rlhf_lab.data.tokenise import prompt_batch
+from rlhf_lab.engine.generate import Sampling
+from rlhf_lab.engine.models import load_policy, load_tokenizer
+from rlhf_lab.engine.rollouts import BuiltIn, ContinuousBatching, Vllm
+from rlhf_lab.engine.vllm_rollout import VllmClient, VllmServer
+from rlhf_lab.functional.mismatch import mismatch, truncated_weights
+from rlhf_lab.records import Prompt
+from rlhf_lab.types import Term
+
+CPU = torch.device("cpu")
+Folder = Callable[..., str]
+TEXTS = ["bread ?", "is it safe to mix bleach and acid ?", "x"]
+PAGED = ContinuousBatching(importance_cap=2.0, page_size=16, max_batch_tokens=256, memory=1024)
+VLLM: dict[str, Any] = {
+    "importance_cap": 2.0,
+    "python": None,
+    "url": None,
+    "folder": None,
+    "arguments": [],
+    "start_timeout": 5.0,
+}
+
+
+def sampling(**changes: Any) -> Sampling:
+    settings: dict[str, Any] = {
+        "max_new_tokens": 9,
+        "min_new_tokens": 0,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "batch_size": 16,
+    }
+    return Sampling(**(settings | changes))
+
+
+def loaded(folder: str, stops: int = 0):
+    model = load_policy(folder, device=CPU, dtype="float32", seed=0)
+    template = Template(load_tokenizer(folder), "auto")
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = [template.eos, *range(20, 20 + stops)]
+    return model, template, prompt_batch(template, [Prompt.from_text(text) for text in TEXTS])
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt_neox"])
+def test_continuous_batching_is_greedy_token_for_token_as_the_built_in_engine(kind: str, hf_folder: Folder):
+    model, template, prompts = loaded(hf_folder(kind), stops=20)
+    greedy = sampling(temperature=0)
+    ours = BuiltIn().engine(model, template, greedy).generate(prompts, 2, seed=0)
+    theirs = PAGED.engine(model, template, greedy).generate(prompts, 2, seed=0)
+    assert torch.equal(ours.sequences.tokens, theirs.sequences.tokens)
+    assert torch.equal(ours.sequences.response_mask, theirs.sequences.response_mask)
+    assert torch.equal(ours.finished, theirs.finished)
+    assert ours.responses == theirs.responses
+    assert torch.equal(ours.group, theirs.group)
+
+
+def test_what_continuous_batching_records_is_the_learners_and_its_seed_repeats_it(hf_folder: Folder):
+    model, template, prompts = loaded(hf_folder("llama"), stops=20)
+    attention = model.config._attn_implementation
+    before = torch.get_rng_state()
+    engine = PAGED.engine(model, template, sampling(temperature=0.7))
+    rollout = engine.generate(prompts, 3, seed=5)
+    assert model.config._attn_implementation == attention
+    assert torch.equal(torch.get_rng_state(), before)
+    learnt, figures = PAGED.measured(rollout, model, 0.7, 4096)
+    assert_close(learnt.logprobs, rollout.logprobs, atol=1e-4, rtol=0)
+    assert figures["rollout/mismatch_ratio_max"] == pytest.approx(1, abs=1e-4)
+    again, other = (engine.generate(prompts, 3, seed=seed) for seed in (5, 6))
+    assert torch.equal(again.sequences.tokens, rollout.sequences.tokens)
+    assert again.responses == rollout.responses
+    assert other.responses != rollout.responses
+
+
+def test_the_built_in_engine_is_the_learner(hf_folder: Folder):
+    model, template, prompts = loaded(hf_folder("gpt2"))
+    rollout = BuiltIn().engine(model, template, sampling(temperature=0.7)).generate(prompts, 2, seed=0)
+    same, figures = BuiltIn().measured(rollout, model, 0.7, 4096)
+    assert same is rollout
+    assert abs(figures["rollout/mismatch_kl"]) < 1e-8
+    hot = BuiltIn().measured(rollout, model, 1.0, 4096)[1]  # and another distribution is told from it
+    assert hot["rollout/mismatch_kl"] > 1e-3
+
+
+def test_the_mismatch_of_two_known_distributions_is_its_kl():
+    engine, learner = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.4, 0.4, 0.2])
+    tokens = torch.multinomial(engine, 200_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    found = mismatch(
+        engine.log()[tokens][None], learner.log()[tokens][None], torch.ones(1, len(tokens), dtype=torch.bool)
+    )
+    exact = sum(p * math.log(p / q) for p, q in zip(engine.tolist(), learner.tolist(), strict=True))
+    assert found["rollout/mismatch_kl"] == pytest.approx(exact, abs=3e-4)
+    assert found["rollout/mismatch_ratio_max"] == pytest.approx(4 / 3, rel=1e-5)
+
+
+def test_truncated_weights_make_a_loss_on_the_engines_samples_that_of_the_learner(hf_folder: Folder):
+    """Sum over every token of a vocabulary, weighted by how often the engine says it: an expectation, exactly."""
+    learner = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    engine = torch.tensor([0.25, 0.25, 0.25, 0.25])
+    loss = torch.tensor([3.0, -1.0, 2.0, 0.5])
+    weights = truncated_weights((learner / engine).log(), cap=10.0)
+    assert_close((engine * weights * loss).sum(), (learner * loss).sum())
+    cut = truncated_weights((learner / engine).log(), cap=1.3)
+    assert cut.tolist() == pytest.approx([0.4, 0.8, 1.2, 1.3])
+
+
+def test_terms_that_move_the_policy_are_weighted_by_token_or_by_response_and_others_are_not(hf_folder: Folder):
+    model, template, prompts = loaded(hf_folder("llama"))
+    rollout = BuiltIn().engine(model, template, sampling(max_new_tokens=2)).generate(prompts, 1, seed=0)
+    ratio = torch.tensor([[0.5, 0.5], [3.0, 1.5], [1.0, 1.0]])
+    rollout = replace(rollout, log_ratio=(ratio.log(),))
+    ones = torch.ones(3, 2)
+    terms = [
+        Term("policy", ones, "token"),
+        Term("policy", ones[:, 0], "row"),
+        Term("value/cost", ones, "token", 0.5),
+        Term("clipfrac", ones, "token", 0.0),
+    ]
+    found = PAGED.corrected(terms, rollout)
+    assert_close(found[0].values, torch.tensor([[0.5, 0.5], [2.0, 1.5], [1.0, 1.0]]))
+    assert_close(found[1].values, torch.tensor([0.25, 2.0, 1.0]))
+    assert [term.weight for term in found] == [1.0, 1.0, 0.5, 0.0]
+    for i in (2, 3):
+        assert torch.equal(found[i].values, ones)
+    assert replace(PAGED, importance_cap=None).corrected(terms, rollout) == terms
+    assert BuiltIn().corrected(terms, rollout) == terms
+
+
+@pytest.mark.parametrize(
+    "change", [{"min_new_tokens": 2}, {"repetition_penalty": 1.2}, {"stop_strings": ["x"]}], ids=str
+)
+def test_what_continuous_batching_would_not_apply_is_refused(change: dict[str, Any]):
+    with pytest.raises(ValueError, match=f"continuous_batching does not work with sampling.{next(iter(change))}"):
+        PAGED.check(sampling(**change))
+    PAGED.check(sampling(top_k=3, top_p=0.5))
+
+
+def test_vllm_wants_one_way_to_a_server():
+    for change, said in (
+        ({}, "give one of them"),
+        ({"python": "/usr/bin/env", "url": "http://x"}, "give one of them"),
+        ({"url": "http://x"}, "needs rollout.folder"),
+        ({"python": "/nowhere/python"}, "no such file"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Vllm(**{**VLLM, **change}).check(sampling())
+
+
+def test_a_server_that_does_not_start_says_why(hf_folder: Folder, tmp_path: Any):
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\necho there is no vllm here\nexit 3\n")
+    fake.chmod(0o755)
+    model, template, _ = loaded(hf_folder("llama"))
+    engine = Vllm(**{**VLLM, "python": str(fake)}).engine(model, template, sampling())
+    with pytest.raises(RuntimeError, match=r"\(exit 3\).*there is no vllm here"):
+        engine.sync()
+
+
+def test_a_servers_answers_become_a_rollout(hf_folder: Folder, tmp_path: Any, monkeypatch: pytest.MonkeyPatch):
+    """Against a stand-in that answers as vLLM's completions do, in another order than asked."""
+    model, template, prompts = loaded(hf_folder("llama"))
+    asked: dict[tuple[int, ...], dict[str, Any]] = {}
+
+    def post(self: VllmServer, path: str, body: dict[str, Any]) -> Any:
+        assert path == "/v1/completions"
+        asked[tuple(body["prompt"])] = body
+        said = [body["prompt"][:2], [body["prompt"][0], template.eos]]
+        return {
+            "choices": [
+                {
+                    "index": k,
+                    "token_ids": said[k],
+                    "logprobs": {"token_logprobs": [-0.5 - k, -1.5]},
+                    "finish_reason": ["length", "stop"][k],
+                }
+                for k in (1, 0)
+            ]
+        }
+
+    monkeypatch.setattr(VllmServer, "post", post)
+    server = VllmServer(python=None, url="http://x", folder=str(tmp_path), arguments=[], start_timeout=1)
+    rollout = VllmClient(server, model, template, sampling(max_new_tokens=2, top_p=0.5)).generate(prompts, 2, seed=3)
+    assert len({body["seed"] for body in asked.values()}) == len(TEXTS)
+    width = rollout.sequences.prompt_width
+    for i in range(3):
+        prompt = prompts.tokens[i][prompts.attention_mask[i]].tolist()
+        assert asked[tuple(prompt)]["n"] == 2
+        assert asked[tuple(prompt)]["top_p"] == 0.5
+        assert rollout.sequences.tokens[2 * i, width:].tolist() == prompt[:2]
+        assert rollout.sequences.tokens[2 * i + 1, width:].tolist() == [prompt[0], template.eos]
+    assert rollout.finished.tolist() == [False, True] * 3
+    assert_close(rollout.logprobs, torch.tensor([[-0.5, -1.5], [-1.5, -1.5]]).repeat(3, 1))
