@@ -62,6 +62,8 @@ class ContinuousBatcher:
         implementation = self.model.config._attn_implementation
         state = torch.get_rng_state()  # the manager seeds the process
         try:
+            # of which the manager has a paged form, whatever the learner computes with
+            self.model.set_attn_implementation("sdpa")
             found = self.model.generate_batch(  # pyright: ignore[reportCallIssue]
                 inputs,
                 generation_config=config,
@@ -76,7 +78,7 @@ class ContinuousBatcher:
                 ),
             )
         finally:
-            # the manager sets a paged one, with which the learner could not compute
+            # the learner could not compute with the paged one
             self.model.set_attn_implementation(implementation)
             torch.set_rng_state(state)
         rows = [found[name] for name in sorted(found, key=lambda name: int(name.removeprefix("req_")))]
