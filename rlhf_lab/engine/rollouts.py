@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +15,6 @@ from rlhf_lab.engine.forward import policy_forward
 from rlhf_lab.engine.generate import Generator, Sampling
 from rlhf_lab.engine.prefixes import shares_prefixes
 from rlhf_lab.engine.score import by_length
-from rlhf_lab.engine.vllm_rollout import VllmClient, VllmServer
 from rlhf_lab.functional.mismatch import mismatch, truncated_weights
 from rlhf_lab.interfaces import RolloutEngine
 from rlhf_lab.types import Count, Metrics, Positive, Rollout, Term
@@ -143,55 +141,6 @@ class ContinuousBatching(Foreign):
             max_batch_tokens=self.max_batch_tokens,
             pages=-(-self.memory // self.page_size),
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Vllm(Foreign):
-    """vLLM, as a server that the run starts, or one that is there.
-
-    Each prompt's request carries a seed derived from the run's, the step and the prompt, so a resumed run asks the same
-    of the same weights; that vLLM answers the same is up to its version, its batching and the device.
-    """
-
-    python: str | None
-    url: str | None
-    folder: str | None
-    arguments: Sequence[str]
-    start_timeout: Positive
-
-    def check(self, sampling: Sampling) -> None:
-        """Refuse a server that cannot be found or started."""
-        if (self.python is None) == (self.url is None):
-            raise ValueError(
-                f"rollout=vllm has python={self.python} and url={self.url}; give one of them: rollout.python=<the "
-                "interpreter of the environment with vLLM>, or rollout.url=<a server> with rollout.folder"
-            )
-        if self.url is not None and self.folder is None:
-            raise ValueError("rollout.url needs rollout.folder, the folder that the server serves: weights go there")
-        if self.python is not None and not Path(self.python).expanduser().exists():
-            raise ValueError(f"rollout.python={self.python}: no such file; give the interpreter that has vLLM")
-
-    def engine(self, model: "PreTrainedModel", template: Template, sampling: Sampling) -> RolloutEngine:
-        """An engine that samples from `model`; its server starts with the first `sync`.
-
-        Raises:
-            ValueError: the run has several processes, or the model is adapters on a base that others use too.
-        """
-        _refuse(
-            "vllm",
-            [
-                *(["several processes"] if ranks.world() > 1 else []),
-                *([] if hasattr(model, "save_pretrained") else ["adapters on a shared base"]),
-            ],
-        )
-        server = VllmServer(
-            python=None if self.python is None else str(Path(self.python).expanduser()),
-            url=self.url,
-            folder=self.folder,
-            arguments=self.arguments,
-            start_timeout=self.start_timeout,
-        )
-        return VllmClient(server, model, template, sampling)
 
 
 def _refuse(engine: str, found: Sequence[str]) -> None:

@@ -13,8 +13,7 @@ from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine.generate import Sampling
 from rlhf_lab.engine.models import load_policy, load_tokenizer
-from rlhf_lab.engine.rollouts import BuiltIn, ContinuousBatching, Vllm
-from rlhf_lab.engine.vllm_rollout import VllmClient, VllmServer
+from rlhf_lab.engine.rollouts import BuiltIn, ContinuousBatching
 from rlhf_lab.functional.mismatch import mismatch, truncated_weights
 from rlhf_lab.records import Prompt
 from rlhf_lab.types import Term
@@ -23,14 +22,6 @@ CPU = torch.device("cpu")
 Folder = Callable[..., str]
 TEXTS = ["bread ?", "is it safe to mix bleach and acid ?", "x"]
 PAGED = ContinuousBatching(importance_cap=2.0, page_size=16, max_batch_tokens=256, memory=1024)
-VLLM: dict[str, Any] = {
-    "importance_cap": 2.0,
-    "python": None,
-    "url": None,
-    "folder": None,
-    "arguments": [],
-    "start_timeout": 5.0,
-}
 
 
 def sampling(**changes: Any) -> Sampling:
@@ -144,60 +135,3 @@ def test_what_continuous_batching_would_not_apply_is_refused(change: dict[str, A
     with pytest.raises(ValueError, match=f"continuous_batching does not work with sampling.{next(iter(change))}"):
         PAGED.check(sampling(**change))
     PAGED.check(sampling(top_k=3, top_p=0.5))
-
-
-def test_vllm_wants_one_way_to_a_server():
-    for change, said in (
-        ({}, "give one of them"),
-        ({"python": "/usr/bin/env", "url": "http://x"}, "give one of them"),
-        ({"url": "http://x"}, "needs rollout.folder"),
-        ({"python": "/nowhere/python"}, "no such file"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            Vllm(**{**VLLM, **change}).check(sampling())
-
-
-def test_a_server_that_does_not_start_says_why(hf_folder: Folder, tmp_path: Any):
-    fake = tmp_path / "python"
-    fake.write_text("#!/bin/sh\necho there is no vllm here\nexit 3\n")
-    fake.chmod(0o755)
-    model, template, _ = loaded(hf_folder("llama"))
-    engine = Vllm(**{**VLLM, "python": str(fake)}).engine(model, template, sampling())
-    with pytest.raises(RuntimeError, match=r"\(exit 3\).*there is no vllm here"):
-        engine.sync()
-
-
-def test_a_servers_answers_become_a_rollout(hf_folder: Folder, tmp_path: Any, monkeypatch: pytest.MonkeyPatch):
-    """Against a stand-in that answers as vLLM's completions do, in another order than asked."""
-    model, template, prompts = loaded(hf_folder("llama"))
-    asked: dict[tuple[int, ...], dict[str, Any]] = {}
-
-    def post(self: VllmServer, path: str, body: dict[str, Any]) -> Any:
-        assert path == "/v1/completions"
-        asked[tuple(body["prompt"])] = body
-        said = [body["prompt"][:2], [body["prompt"][0], template.eos]]
-        return {
-            "choices": [
-                {
-                    "index": k,
-                    "token_ids": said[k],
-                    "logprobs": {"token_logprobs": [-0.5 - k, -1.5]},
-                    "finish_reason": ["length", "stop"][k],
-                }
-                for k in (1, 0)
-            ]
-        }
-
-    monkeypatch.setattr(VllmServer, "post", post)
-    server = VllmServer(python=None, url="http://x", folder=str(tmp_path), arguments=[], start_timeout=1)
-    rollout = VllmClient(server, model, template, sampling(max_new_tokens=2, top_p=0.5)).generate(prompts, 2, seed=3)
-    assert len({body["seed"] for body in asked.values()}) == len(TEXTS)
-    width = rollout.sequences.prompt_width
-    for i in range(3):
-        prompt = prompts.tokens[i][prompts.attention_mask[i]].tolist()
-        assert asked[tuple(prompt)]["n"] == 2
-        assert asked[tuple(prompt)]["top_p"] == 0.5
-        assert rollout.sequences.tokens[2 * i, width:].tolist() == prompt[:2]
-        assert rollout.sequences.tokens[2 * i + 1, width:].tolist() == [prompt[0], template.eos]
-    assert rollout.finished.tolist() == [False, True] * 3
-    assert_close(rollout.logprobs, torch.tensor([[-0.5, -1.5], [-1.5, -1.5]]).repeat(3, 1))
