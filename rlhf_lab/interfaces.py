@@ -225,8 +225,8 @@ class RolloutEngine(Protocol):
 class Engines(Protocol):
     """Which rollout engine a run samples with, and what its being another than the learner asks of the loss."""
 
-    def check(self, sampling: Any) -> None:
-        """Refuse settings that the engine cannot apply, before any weights are loaded."""
+    def check(self, sampling: Any, model: Any, hardware: Any) -> None:
+        """Refuse settings that the engine cannot apply, and models that it cannot read, before any are loaded."""
         ...
 
     def engine(self, model: Any, template: Any, sampling: Any) -> RolloutEngine:

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, TypeVar, overload
 
@@ -17,6 +18,7 @@ from torch import Tensor, distributed, nn
 
 Item = TypeVar("Item")
 PATIENCE = timedelta(minutes=30)  # for a rank that writes, or asks a judge, while the others wait
+_planned: ContextVar[int] = ContextVar("planned", default=1)
 _missed: list[str] = []  # what sending failed with
 
 
@@ -76,6 +78,21 @@ def rank() -> int:
 def world() -> int:
     """How many processes share the work."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+@contextmanager
+def planned(count: int) -> Iterator[None]:
+    """Within it a run is looked at that `count` processes will share, before they are started."""
+    token = _planned.set(count)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
+def expected() -> int:
+    """How many processes share the work, or will."""
+    return max(world(), int(os.environ.get("WORLD_SIZE", "1")), _planned.get())
 
 
 def local_rank() -> int:

@@ -13,6 +13,7 @@ from rlhf_lab.engine.continuous_batching import ContinuousBatcher
 from rlhf_lab.engine.distribution import through
 from rlhf_lab.engine.forward import policy_forward
 from rlhf_lab.engine.generate import Generator, Sampling
+from rlhf_lab.engine.models import Hardware, ModelPaths
 from rlhf_lab.engine.prefixes import shares_prefixes
 from rlhf_lab.engine.score import by_length
 from rlhf_lab.functional.mismatch import mismatch, truncated_weights
@@ -40,7 +41,7 @@ def measure(rollout: Rollout, policy: "PreTrainedModel", temperature: float, tok
 class BuiltIn:
     """`Generator`: the policy itself, so that what it recorded are the learner's log-probabilities, up to rounding."""
 
-    def check(self, sampling: Sampling) -> None:
+    def check(self, sampling: Sampling, model: ModelPaths, hardware: Hardware) -> None:
         """It can do everything."""
 
     def engine(self, model: "PreTrainedModel", template: Template, sampling: Sampling) -> RolloutEngine:
@@ -104,35 +105,32 @@ class ContinuousBatching(Foreign):
     """transformers' `ContinuousBatchingManager`: the policy's own weights, and attention of its own over pages.
 
     Equal seeds give equal responses to equal batches of prompts, under one version of the library: its random numbers
-    are those of the batch, not of the response.
+    are those of the batch, not of the response. `sampling.batch_size` and what is set here therefore change them.
     """
 
     page_size: Count
     max_batch_tokens: Count
     memory: Count
 
-    def check(self, sampling: Sampling) -> None:
-        """Refuse settings that the library's manager does not apply."""
-        wrong = {
-            f"min_new_tokens={sampling.min_new_tokens}": bool(sampling.min_new_tokens),
-            f"stop_strings={list(sampling.stop_strings)}": bool(sampling.stop_strings),
-            f"repetition_penalty={sampling.repetition_penalty}": sampling.repetition_penalty != 1,
-        }
-        _refuse("continuous_batching", [f"sampling.{what}" for what, there in wrong.items() if there])
-
-    def engine(self, model: "PreTrainedModel", template: Template, sampling: Sampling) -> RolloutEngine:
-        """An engine that samples from `model`.
+    def check(self, sampling: Sampling, model: ModelPaths, hardware: Hardware) -> None:
+        """Refuse what the library's manager does not apply, or does not read: it wants one process and a whole model.
 
         Raises:
-            ValueError: the run has several processes, or the model is adapters on a base that others use too.
+            ValueError: naming the settings.
         """
-        _refuse(
-            "continuous_batching",
-            [
-                *(["several processes"] if ranks.world() > 1 else []),
-                *([] if hasattr(model, "generate_batch") else ["adapters on a shared base"]),
-            ],
-        )
+        wrong = {
+            f"sampling.min_new_tokens={sampling.min_new_tokens}": bool(sampling.min_new_tokens),
+            f"sampling.stop_strings={list(sampling.stop_strings)}": bool(sampling.stop_strings),
+            f"sampling.repetition_penalty={sampling.repetition_penalty}": sampling.repetition_penalty != 1,
+            f"model.peft={model.peft}": model.peft is not None,
+            f"hardware.distribution={hardware.distribution}": hardware.distribution != "ddp",
+            f"num_processes={ranks.expected()}": ranks.expected() > 1,
+        }
+        if found := [what for what, there in wrong.items() if there]:
+            raise ValueError(f"rollout=continuous_batching does not work with {', '.join(found)}; use rollout=built_in")
+
+    def engine(self, model: "PreTrainedModel", template: Template, sampling: Sampling) -> RolloutEngine:
+        """An engine that samples from `model`."""
         return ContinuousBatcher(
             model,
             template,
@@ -141,8 +139,3 @@ class ContinuousBatching(Foreign):
             max_batch_tokens=self.max_batch_tokens,
             pages=-(-self.memory // self.page_size),
         )
-
-
-def _refuse(engine: str, found: Sequence[str]) -> None:
-    if found:
-        raise ValueError(f"rollout={engine} does not work with {', '.join(found)}; use rollout=built_in")

@@ -54,7 +54,8 @@ def preflight(plan: Plan, sound: set[Path] | None = None) -> None:
         if one.config["artifacts"] not in ("build", "refuse"):
             raise BadConfig(f"artifacts={one.config['artifacts']!r}: must be 'build' or 'refuse'")
         if not is_finished(one.directory):
-            instantiate(one.config["stage"], _convert_="all").check(promised)
+            with ranks.planned(one.num_processes):
+                instantiate(one.config["stage"], _convert_="all").check(promised)
     for needed in new:
         _check_artifact(needed, plan.config["artifacts"])
     known |= {needed.directory for needed in new}

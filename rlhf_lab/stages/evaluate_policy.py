@@ -83,7 +83,7 @@ class EvaluatePolicy(Evaluate):
     def check(self, promised: Collection[str] = ()) -> None:
         """Refuse what cannot work, before anything is loaded; `promised` paths will be there by then."""
         super().check(promised)
-        self.rollout.check(self.sampling)
+        self.rollout.check(self.sampling, self.model, self.hardware)
         if self.criteria and not self.has_references:
             raise ValueError(
                 f"stage.criteria={list(self.criteria)} are for a judge who compares responses with those of the data; "

@@ -172,7 +172,7 @@ class TrainOnline:
             )
         self.sampling.check_trainable()
         for sampling in (self.sampling, self.evaluation_sampling):
-            self.rollout.check(sampling)
+            self.rollout.check(sampling, self.model, self.hardware)
         if self.samples_per_prompt < self.algorithm.least_samples:
             raise ValueError(
                 f"stage.samples_per_prompt={self.samples_per_prompt}, but {type(self.algorithm).__name__} compares "

@@ -2,20 +2,28 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import scipy
 import torch
 from torch.testing import assert_close
-from transformers import PreTrainedModel
+from transformers import (
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine.forward import policy_forward
-from rlhf_lab.engine.generate import Generator, Sampling
+from rlhf_lab.engine.generate import Flight, Generator, Sampling
 from rlhf_lab.engine.models import load_policy, load_tokenizer
-from rlhf_lab.functional.sampled import draw, restricted
+from rlhf_lab.functional.sampled import draw, penalised, restricted
 from rlhf_lab.records import Prompt
 from rlhf_lab.types import PromptBatch, Rollout
 
@@ -292,3 +300,179 @@ def test_settings_that_contradict_each_other_or_cannot_train_are_refused():
         with pytest.raises(ValueError, match="must come from the policy that learns"):
             sampling(**change).check_trainable()
     sampling(temperature=0.7).check_trainable()
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+def test_the_repetition_penalty_is_that_of_hugging_face(penalty: float):
+    source = torch.Generator().manual_seed(0)
+    logits, tokens = torch.randn(6, 40, generator=source) * 3, torch.randint(40, (6, 15), generator=source)
+    seen = torch.zeros(6, 40, dtype=torch.bool).scatter(1, tokens, True)
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(cast(Any, tokens), cast(Any, logits.clone()))
+    assert torch.equal(penalised(logits, seen, penalty), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"repetition_penalty": 1.4},
+        {"min_new_tokens": 4},
+        {"temperature": 0.6, "top_k": 9},
+        {"temperature": 1.5, "top_p": 0.7},
+        {"repetition_penalty": 1.3, "min_new_tokens": 3, "temperature": 0.7, "top_k": 12, "top_p": 0.8},
+    ],
+    ids=str,
+)
+def test_tokens_come_from_the_distribution_that_hugging_faces_processors_make(
+    change: dict[str, Any], hf_folder: Folder
+):
+    """Also where rows take the places of others: what a row has said goes with it."""
+    model, template = policy_and_template(hf_folder("llama"), stops=60)
+    settings = sampling(**change, batch_size=6)
+    prompts = prompts_of(template)
+    rollout = Generator(model, template, settings).generate(prompts, 3, seed=3)
+    assert len(set(rollout.sequences.response_mask.sum(1).tolist())) > 2
+    for row, prompt in enumerate(rollout.group.tolist()):
+        written = prompts.tokens[prompt, prompts.attention_mask[prompt]]
+        response = tokens_of(rollout, row)
+        tokens = torch.cat([written, torch.tensor(response)])[None]
+        processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)])
+        stops = [template.eos, *range(20, 80)]
+        least = MinNewTokensLengthLogitsProcessor(len(written), settings.min_new_tokens, stops)
+        processors += [least, TemperatureLogitsWarper(settings.temperature), TopPLogitsWarper(settings.top_p)]
+        if settings.top_k:
+            processors.insert(3, TopKLogitsWarper(settings.top_k))
+        with torch.no_grad():
+            logits = model(input_ids=tokens).logits[0]
+        for t, token in enumerate(response):
+            place = len(written) + t
+            made = processors(cast(Any, tokens[:, :place]), cast(Any, logits[None, place - 1])).log_softmax(-1)
+            assert rollout.logprobs[row, t].item() == pytest.approx(made[0, token].item(), abs=1e-4)
+
+
+def test_greedy_with_a_penalty_and_a_least_length_is_what_hugging_face_generates(hf_folder: Folder):
+    model, template = policy_and_template(hf_folder("qwen2"), stops=60)
+    prompts = prompts_of(template)
+    settings = {"repetition_penalty": 1.4, "min_new_tokens": 3}
+    rollout = Generator(model, template, sampling(temperature=0, batch_size=2, **settings)).generate(prompts, 1, seed=0)
+    plain = Generator(model, template, sampling(temperature=0)).generate(prompts, 1, seed=0)
+    assert rollout.responses != plain.responses
+    for i in range(len(prompts)):
+        alone = prompts.tokens[i : i + 1, prompts.attention_mask[i]]
+        expected = cast(Any, model).generate(
+            alone, do_sample=False, max_new_tokens=12, pad_token_id=template.pad, **settings
+        )
+        assert tokens_of(rollout, i) == expected[0, alone.shape[1] :].tolist()
+
+
+def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(hf_folder: Folder):
+    model, template = policy_and_template(hf_folder("llama"), stops=2)
+    prompts = prompts_of(template)
+    free = Generator(model, template, sampling()).generate(prompts, 4, seed=6)
+
+    def spelled(tokens: list[int]) -> str:
+        return template.raw_texts([tokens])[0]
+
+    def is_split(text: str, tokens: list[int]) -> bool:
+        return text.isascii() and text in spelled(tokens) and not any(text in spelled([token]) for token in tokens)
+
+    rows = [tokens_of(free, row) for row in range(len(free))]
+    pairs = [spelled(row[n : n + 2]) for row in rows for n in range(3, len(row) - 3)]
+    spans = next(text for text in pairs if any(is_split(text, row) for row in rows))
+    once = next(spelled(row[5:6]) for row in rows[2:] if len(row) > 7 and spelled(row[5:6]).isascii())
+    strings = [spans, once]
+    settings = sampling(stop_strings=strings, batch_size=8)
+    settings.check_trainable()
+    found = Generator(model, template, settings).generate(prompts, 4, seed=6)
+    early = 0
+    for row, whole in enumerate(rows):
+        cuts = [n for n in range(1, len(whole) + 1) if any(text in spelled(whole[:n]) for text in strings)]
+        expected = whole[: cuts[0]] if cuts else whole
+        assert tokens_of(found, row) == expected
+        assert found.finished[row] == (bool(cuts) or bool(free.finished[row]))
+        assert found.responses[row] == template.text(expected)
+        assert_close(found.logprobs[row, : len(expected)], free.logprobs[row, : len(expected)], atol=1e-5, rtol=0)
+        early += len(expected) < len(whole)
+    assert 2 <= early < len(rows)
+    assert any(is_split(spans, tokens_of(found, row)) for row in range(len(rows)))
+
+
+def test_greedy_stops_at_a_text_where_hugging_face_does(hf_folder: Folder):
+    model, template = policy_and_template(hf_folder("llama"))
+    prompts = prompts_of(template)
+    free = Generator(model, template, sampling(temperature=0)).generate(prompts, 1, seed=0)
+    text = next(text for row in range(5) if (text := template.raw_texts([tokens_of(free, row)[3:5]])[0]).isascii())
+    rollout = Generator(model, template, sampling(temperature=0, stop_strings=[text])).generate(prompts, 1, seed=0)
+    lengths = set()
+    for i in range(len(prompts)):
+        alone = prompts.tokens[i : i + 1, prompts.attention_mask[i]]
+        expected = cast(Any, model).generate(
+            alone,
+            do_sample=False,
+            max_new_tokens=12,
+            pad_token_id=template.pad,
+            stop_strings=[text],
+            tokenizer=template.tokenizer,
+        )
+        assert tokens_of(rollout, i) == expected[0, alone.shape[1] :].tolist()
+        lengths.add(len(tokens_of(rollout, i)))
+    assert min(lengths) < 6
+
+
+def test_an_equal_least_and_greatest_length_is_the_length(hf_folder: Folder):
+    model, template = policy_and_template(hf_folder("llama"), stops=150)
+    settings = sampling(min_new_tokens=7, max_new_tokens=7)
+    rollout = Generator(model, template, settings).generate(prompts_of(template), 3, seed=0)
+    assert rollout.sequences.response_mask.tolist() == [[True] * 7] * 15
+    assert not rollout.finished.any()
+
+
+@pytest.mark.parametrize("change", [{}, {"repetition_penalty": 1.5, "stop_strings": ["e", "o"]}], ids=str)
+def test_waiting_prompts_that_take_places_change_no_response(
+    change: dict[str, Any], hf_folder: Folder, monkeypatch: pytest.MonkeyPatch
+):
+    model, template = policy_and_template(hf_folder("llama"), stops=30)
+    prompts = prompts_of(template, [" ".join(TEXTS[i % 5].split()[: 1 + i % 7]) + f" {i}" for i in range(17)])
+    whole = Generator(model, template, sampling(max_new_tokens=20, **change)).generate(prompts, 3, seed=9)
+    joined: list[int] = []
+    admit = Flight.admit
+
+    def spy(flight: Flight, *inputs: Any) -> None:
+        joined.append(flight.rows)
+        admit(flight, *inputs)
+
+    monkeypatch.setattr(Flight, "admit", spy)
+    lengths = whole.sequences.response_mask.sum(1)
+    assert lengths.min() < 4
+    assert lengths.max() > 10
+    for size in (7, 12, 24):
+        joined.clear()
+        cut = Generator(model, template, sampling(max_new_tokens=20, batch_size=size, **change)).generate(
+            prompts, 3, seed=9
+        )
+        assert sum(rows > 0 for rows in joined) >= 2  # they came while others went on
+        assert torch.equal(cut.sequences.tokens, whole.sequences.tokens)
+        assert torch.equal(cut.sequences.response_mask, whole.sequences.response_mask)
+        assert torch.equal(cut.finished, whole.finished)
+        assert_close(cut.logprobs, whole.logprobs, atol=1e-5, rtol=0)
+
+
+def test_first_tokens_come_as_often_as_their_probabilities_say(hf_folder: Folder):
+    """Chi-square, at once for all prompts, against the softmax of what Hugging Face's warpers leave."""
+    model, template = policy_and_template(hf_folder("llama"))
+    prompts, samples = prompts_of(template), 4000
+    settings = sampling(max_new_tokens=1, temperature=0.8, top_k=10, batch_size=5 * samples)
+    rollout = Generator(model, template, settings).generate(prompts, samples, seed=0)
+    tokens = rollout.sequences.tokens[:, -1].view(len(prompts), samples)
+    counts, expected = [], []
+    for i in range(len(prompts)):
+        alone = prompts.tokens[i : i + 1, prompts.attention_mask[i]]
+        with torch.no_grad():
+            logits = model(input_ids=alone).logits[:, -1]
+        kept = TopKLogitsWarper(10)(cast(Any, alone), cast(Any, logits / 0.8)).double().softmax(-1)[0]
+        found = tokens[i].bincount(minlength=len(kept))
+        assert (found[kept == 0] == 0).all()
+        counts.append(found[kept > 0])
+        expected.append(kept[kept > 0] * samples)
+    test = scipy.stats.chisquare(torch.cat(counts), torch.cat(expected), ddof=len(prompts) - 1, sum_check=False)
+    assert min(map(min, expected)) > 5
+    assert test.pvalue > 0.01

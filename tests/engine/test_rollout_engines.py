@@ -3,16 +3,19 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+import transformers
 from torch.testing import assert_close
 
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
+from rlhf_lab.engine import ranks
 from rlhf_lab.engine.generate import Sampling
-from rlhf_lab.engine.models import load_policy, load_tokenizer
+from rlhf_lab.engine.models import Hardware, ModelPaths, load_policy, load_tokenizer
 from rlhf_lab.engine.rollouts import BuiltIn, ContinuousBatching
 from rlhf_lab.functional.mismatch import mismatch, truncated_weights
 from rlhf_lab.records import Prompt
@@ -21,6 +24,8 @@ from rlhf_lab.types import Term
 CPU = torch.device("cpu")
 Folder = Callable[..., str]
 TEXTS = ["bread ?", "is it safe to mix bleach and acid ?", "x"]
+WHOLE = ModelPaths(base="b", policy="p", reference="r", critic="c", learning_rates={})
+ALONE = Hardware(device="cpu", dtype="float32", threads=1)
 PAGED = ContinuousBatching(importance_cap=2.0, page_size=16, max_batch_tokens=256, memory=1024)
 
 
@@ -44,9 +49,8 @@ def loaded(folder: str, stops: int = 0):
     return model, template, prompt_batch(template, [Prompt.from_text(text) for text in TEXTS])
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt_neox"])
-def test_continuous_batching_is_greedy_token_for_token_as_the_built_in_engine(kind: str, hf_folder: Folder):
-    model, template, prompts = loaded(hf_folder(kind), stops=20)
+def test_continuous_batching_is_greedy_token_for_token_as_the_built_in_engine(architecture: str, hf_folder: Folder):
+    model, template, prompts = loaded(hf_folder(architecture), stops=20)
     greedy = sampling(temperature=0)
     ours = BuiltIn().engine(model, template, greedy).generate(prompts, 2, seed=0)
     theirs = PAGED.engine(model, template, greedy).generate(prompts, 2, seed=0)
@@ -72,6 +76,22 @@ def test_what_continuous_batching_records_is_the_learners_and_its_seed_repeats_i
     assert torch.equal(again.sequences.tokens, rollout.sequences.tokens)
     assert again.responses == rollout.responses
     assert other.responses != rollout.responses
+
+
+@pytest.mark.parametrize("change", [{"top_k": 4}, {"top_p": 0.6}], ids=str)
+def test_what_continuous_batching_records_is_of_the_restricted_distribution(change: dict[str, Any], hf_folder: Folder):
+    model, template, prompts = loaded(hf_folder("llama"), stops=20)
+    rollout = PAGED.engine(model, template, sampling(temperature=0.7, **change)).generate(prompts, 3, seed=5)
+    key, value = next(iter(change.items()))
+    warp = {"top_k": transformers.TopKLogitsWarper, "top_p": transformers.TopPLogitsWarper}[key](value)
+    sequences = rollout.sequences
+    with torch.no_grad():
+        logits = model(
+            input_ids=sequences.tokens, attention_mask=sequences.attention_mask, position_ids=sequences.position_ids
+        ).logits[:, sequences.prompt_width - 1 : -1]
+    tokens = sequences.tokens[:, sequences.prompt_width :][sequences.response_mask]
+    warped = warp(cast(Any, None), logits[sequences.response_mask] / 0.7).log_softmax(-1)
+    assert_close(rollout.logprobs[sequences.response_mask], warped.gather(1, tokens[:, None])[:, 0], atol=1e-4, rtol=0)
 
 
 def test_the_built_in_engine_is_the_learner(hf_folder: Folder):
@@ -132,6 +152,16 @@ def test_terms_that_move_the_policy_are_weighted_by_token_or_by_response_and_oth
     "change", [{"min_new_tokens": 2}, {"repetition_penalty": 1.2}, {"stop_strings": ["x"]}], ids=str
 )
 def test_what_continuous_batching_would_not_apply_is_refused(change: dict[str, Any]):
-    with pytest.raises(ValueError, match=f"continuous_batching does not work with sampling.{next(iter(change))}"):
-        PAGED.check(sampling(**change))
-    PAGED.check(sampling(top_k=3, top_p=0.5))
+    with pytest.raises(ValueError, match=rf"continuous_batching does not work with sampling\.{next(iter(change))}="):
+        PAGED.check(sampling(**change), WHOLE, ALONE)
+    PAGED.check(sampling(top_k=3, top_p=0.5), WHOLE, ALONE)
+
+
+def test_continuous_batching_refuses_what_it_could_not_read_before_it_is_loaded():
+    with pytest.raises(ValueError, match=r"does not work with hardware\.distribution=fsdp; use rollout=built_in"):
+        PAGED.check(sampling(), WHOLE, replace(ALONE, distribution="fsdp"))
+    with pytest.raises(ValueError, match=r"does not work with model\.peft=lora; use"):
+        PAGED.check(sampling(), cast(ModelPaths, SimpleNamespace(peft="lora")), ALONE)
+    with ranks.planned(3), pytest.raises(ValueError, match=r"does not work with num_processes=3; use"):
+        PAGED.check(sampling(), WHOLE, ALONE)
+    BuiltIn().check(sampling(min_new_tokens=2), WHOLE, replace(ALONE, distribution="fsdp"))
