@@ -423,6 +423,7 @@ def test_an_equal_least_and_greatest_length_is_the_length(hf_folder: Folder):
     settings = sampling(min_new_tokens=7, max_new_tokens=7)
     rollout = Generator(model, template, settings).generate(prompts_of(template), 3, seed=0)
     assert rollout.sequences.response_mask.tolist() == [[True] * 7] * 15
+    assert (rollout.logprobs < 0).all()  # each was drawn
     assert not rollout.finished.any()
 
 
