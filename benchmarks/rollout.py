@@ -101,7 +101,7 @@ def main() -> None:
             if lengths == "equal":
                 bias[1] = -torch.inf  # the end, which would be drawn now and then
             model.generation_config.eos_token_id = [1] if lengths == "equal" else list(range(1, 1 + ENDS))
-            head = model.get_output_embeddings()
+            head: Any = model.get_output_embeddings()
             hook = head.register_forward_hook(lambda _module, _inputs, logits, bias=bias: logits + bias)
             callers = engines(model, template, prompts)
             seconds: dict[str, list[float]] = {name: [] for name in callers}

@@ -60,6 +60,7 @@ class ContinuousBatcher:
             **drawn,
         )
         implementation = self.model.config._attn_implementation
+        assert implementation is not None
         state = torch.get_rng_state()  # the manager seeds the process
         try:
             # of which the manager has a paged form, whatever the learner computes with
