@@ -10,6 +10,7 @@ resident memory above what the imports take, and the ratio. Nothing is asserted.
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -110,14 +111,15 @@ def step(folder: Path, layout: str, quantise: str | None, tokens_at_once: int) -
     overrides = [
         "algorithm=ppo_lag", "reward=ensemble_uwo", "model=hf", f"model.base={folder / 'base'}",
         f"scorers.reward_models=[{','.join(models[:MEMBERS])}]", f"scorers.cost_models=[{models[MEMBERS]}]",
-        "stage.steps=2", "stage.prompts_per_step=32", "dataset.train_size=64", "dataset.eval_splits=[test]",
-        "dataset.eval_size=16", "stage.checkpoint_every=2", f"learner.tokens_at_once={tokens_at_once}",
+        "stage.steps=2", "stage.prompts_per_step=16", "sampling.max_new_tokens=16", "dataset.train_size=64", "dataset.eval_splits=[test]",
+        "dataset.eval_size=4", "stage.checkpoint_every=2", f"learner.tokens_at_once={tokens_at_once}",
         f"runs_dir={folder / 'runs'}", f"name={layout}_{quantise}",
     ]  # fmt: skip
     if layout == "one_backbone":
         overrides += ["model.peft=lora", f"model.lora.rank={RANK}", f"model.quantise={quantise or 'null'}"]
     else:
         train_online.load_critics = separate_critics
+    os.environ["RLHF_LAB_ROOT"] = str(composing.ROOT)  # where conf/config.yaml finds experiments/
     composing.register_resolvers()
     with initialize_config_dir(str(composing.ROOT / "conf"), version_base="1.3"):
         config = compose("config", overrides=overrides)
