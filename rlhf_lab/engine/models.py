@@ -1,6 +1,7 @@
 """Weights on disk -> modules in memory, and back; always safetensors, never code that came with the weights."""
 
 import logging
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -142,6 +143,22 @@ class ModelPaths:
             if role in ("policy", "critic") and path not in promised and is_adapter(path):
                 _check_same_settings(lora_of(path), self.lora, path, self.frozen_layers)
 
+    def check_words(self, words: Sequence[str], promised: Collection[str] = ()) -> None:
+        """Refuse adapters for a policy that lacks words of the method itself, before anything is loaded.
+
+        Raises:
+            ValueError: the embeddings do not learn with adapters, so nothing would give these words a meaning.
+        """
+        if self.peft is None:
+            return
+        known = {} if self.policy in promised else load_tokenizer(self.policy).get_vocab()
+        if lacking := [word for word in words if word not in known]:
+            raise ValueError(
+                f"this method gives the policy words of its own ({', '.join(lacking[:3])}, …), which "
+                f"model.policy={self.policy} does not know, and with model.peft=lora the embeddings do not learn; use "
+                "model.peft=null, or name the folder of a policy that has them"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
@@ -179,6 +196,8 @@ class Hardware:
             ValueError: the device is not there.
         """
         torch.set_num_threads(self.threads)
+        if self.device == "cpu":  # DeepSpeed, which transformers imports whenever a model is saved, would warn of it
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"hardware.device={self.device}, but torch sees no GPU; use hardware=cpu")
         return torch.device(self.device)

@@ -161,6 +161,7 @@ class RiC:
     def check(self, promised: Collection[str] = ()) -> None:
         """Refuse what cannot work, before anything is loaded; `promised` paths will be there by then."""
         self.model.check(("policy", "reference"), promised)
+        self.model.check_words(self.new_tokens, promised)
         if self.algorithm.reads != "demonstrations" or self.algorithm.trains != "policy":
             raise ValueError(
                 f"stage=ric trains a policy on responses, but {type(self.algorithm).__name__} trains a "

@@ -137,6 +137,7 @@ class TrainOnline:
         """Refuse what cannot work, before anything is loaded; `promised` paths will be there by then."""
         own_critic = ["critic"] if self.model.critic != SHARED else []
         self.model.check(["policy", "reference", *own_critic], promised)
+        self.model.check_words(self.conditions.new_tokens, promised)
         self.dataset.check(promised)
         if self.demonstrations is not None:
             self.demonstrations.check(promised, "demonstrations")

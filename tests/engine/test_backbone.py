@@ -356,6 +356,17 @@ def test_settings_that_do_not_go_together_are_refused():
         paths(policy="embedded:tiny").check(["policy"])
 
 
+def test_a_policy_without_the_words_of_a_method_gets_no_adapters(hf_folder: Folder):
+    saved_policy = hf_folder("llama")
+    known = next(iter(load_tokenizer(saved_policy).get_vocab()))
+    paths(policy=saved_policy).check_words([known])
+    paths(policy=saved_policy, peft=None, lora=None).check_words(["<new>"])
+    with pytest.raises(ValueError, match=r"words of its own \(<new>, …\)"):
+        paths(policy=saved_policy).check_words([known, "<new>"])
+    with pytest.raises(ValueError, match="words of its own"):
+        paths(policy=saved_policy).check_words([known], promised=[saved_policy])  # nobody knows yet what it will know
+
+
 def test_a_missing_package_is_refused_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("rlhf_lab.engine.adapters.find_spec", lambda package: None)
     with pytest.raises(ValueError, match=r"pip install 'rlhf_lab\[lora\]'"):
