@@ -40,7 +40,6 @@ BEYOND_FACTORS: Mapping[str, Any] = {
     "bias": "none",
     "lora_bias": False,
     "use_dora": False,
-    "use_rslora": False,
     "rank_pattern": {},
     "alpha_pattern": {},
 }
@@ -139,6 +138,7 @@ def lora_of(path: str) -> Lora:
         dropout=config["lora_dropout"],
         target_modules=targets if isinstance(targets, str) else sorted(targets),
         layers_to_transform=config.get("layers_to_transform"),
+        rank_stabilised=bool(config.get("use_rslora")),
     )
 
 
@@ -212,6 +212,7 @@ def save_view(folder: Path, view: AdapterView, calibration: Mapping[str, Any] | 
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  a fraction serves as well
         lora_dropout=lora.dropout,
+        use_rslora=lora.rank_stabilised,
         target_modules=targets(backbone, adapter),
         layers_to_transform=lora.layers_to_transform,
         fan_in_fan_out=any(isinstance(part, Conv1D) for part in backbone.places(lora).values()),

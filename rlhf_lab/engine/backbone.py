@@ -35,7 +35,7 @@ MISSING = {
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """What a new adapter is like: W x + (alpha / rank) B A x, where B begins at zero.
+    """What an adapter is like: W x + (alpha / rank) B A x, where B begins at zero.
 
     Fields:
         rank: rows of A.
@@ -44,6 +44,7 @@ class Lora:
         target_modules: names of the linear layers that it changes, such as [q_proj, v_proj], or "all-linear": every one
             but the head of the policy.
         layers_to_transform: indices of the layers that it changes; null: all, or those that model.frozen_layers leaves.
+        rank_stabilised: whether it is alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732).
     """
 
     rank: Count
@@ -51,6 +52,12 @@ class Lora:
     dropout: Fraction
     target_modules: str | list[str]
     layers_to_transform: list[int] | None
+    rank_stabilised: bool = False
+
+    @property
+    def scale(self) -> float:
+        """Of B A x."""
+        return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
 
 
 def layers_of(model: "PreTrainedModel") -> nn.ModuleList | None:
@@ -68,7 +75,7 @@ class Factors(nn.Module):
         # float32 whatever the base is in: small steps round away in less
         self.lora_A = nn.Linear(fan_in, lora.rank, bias=False, device=device, dtype=torch.float32)
         self.lora_B = nn.Linear(lora.rank, fan_out, bias=False, device=device, dtype=torch.float32)
-        self.dropout, self.scale = nn.Dropout(lora.dropout), lora.alpha / lora.rank
+        self.dropout, self.scale = nn.Dropout(lora.dropout), lora.scale
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
 
