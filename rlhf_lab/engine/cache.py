@@ -41,6 +41,11 @@ class InPlaceLayer(DynamicLayer):
         return self.keys, self.values
 
 
+def _stored(layer: Any) -> tuple[Tensor, Tensor]:
+    """(n, heads, columns, D) each: the keys and values of a plain layer that has read something."""
+    return layer.keys, layer.values
+
+
 class InPlaceCache:
     """Memory set aside once, for `slots` rows of at most `columns` columns.
 
@@ -52,7 +57,7 @@ class InPlaceCache:
     def __init__(self, read: transformers.DynamicCache, slots: int, columns: int) -> None:
         layers = []
         for layer in read.layers:
-            pair = [x.new_zeros(slots, x.shape[1], columns, x.shape[3]) for x in (layer.keys, layer.values)]
+            pair = [x.new_zeros(slots, x.shape[1], columns, x.shape[3]) for x in _stored(layer)]
             layers.append(InPlaceLayer(*pair))
         self.cache = transformers.Cache(layers=layers)
         self.layers, self.columns = layers, columns
@@ -72,10 +77,9 @@ class InPlaceCache:
     def add(self, read: transformers.DynamicCache, samples: int) -> None:
         """New rows, `samples` for each prompt that was read, after those in use; they end at the common column."""
         width = read.get_seq_length()
-        rows = self.rows + samples * len(read.layers[0].keys)  # pyright: ignore[reportArgumentType]
+        rows = self.rows + samples * len(_stored(read.layers[0])[0])
         for layer, prompt in zip(self.layers, read.layers, strict=True):
-            for buffer, new in zip(layer.buffers, (prompt.keys, prompt.values), strict=True):
-                assert new is not None
+            for buffer, new in zip(layer.buffers, _stored(prompt), strict=True):
                 place = buffer[self.rows : rows, :, self.end - width : self.end]
                 place.view(len(new), samples, *place.shape[1:]).copy_(new[:, None])
         self._use(rows, min(self.begin, self.end - width), self.end)

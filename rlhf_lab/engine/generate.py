@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import transformers
@@ -217,8 +217,8 @@ class Flight:
         self.engine, self.drawn, self.samples = engine, drawn, samples
         self.plain, self.slots, self.refilled = plain, slots, refilled
         self.device = engine.model.device
-        vocabulary = engine.model.get_input_embeddings().num_embeddings
-        self.is_stop = torch.zeros(int(vocabulary), dtype=torch.bool, device=self.device)
+        vocabulary = cast(nn.Embedding, engine.model.get_input_embeddings()).num_embeddings
+        self.is_stop = torch.zeros(vocabulary, dtype=torch.bool, device=self.device)
         self.is_stop[engine.stops[engine.stops < len(self.is_stop)]] = True
         self.store: InPlaceCache | GrowingCache | None = None
         none = torch.zeros(0, dtype=torch.int64, device=self.device)

@@ -42,7 +42,9 @@ class _Members:
         for member in self.members:
             member.load(hardware, policy)
         self.together = None
-        if all(self.members[0].reads_like(member) for member in self.members[1:]):
+        # of a model in shards no rank has the weights that would be compared
+        whole = hardware.distribution == "ddp"
+        if whole and all(self.members[0].reads_like(member) for member in self.members[1:]):
             alias_frozen(self.models)
             self.together = Members(self.models)
         if len(units := {(m.calibration.method, m.calibration.fitted_on) for m in self.members}) > 1:

@@ -32,8 +32,10 @@ class Known:
         if method not in self.seconds:
             return None
         taken = self.seconds[method]
-        bounds = {"seconds": taken, "least": taken, "most": taken}
-        return Estimate(**bounds, memory_mib=700, device_memory_mib=0, trust="measured", source=f"a {method}")
+        return Estimate(
+            seconds=taken, least=taken, most=taken,
+            memory_mib=700, device_memory_mib=0, trust="measured", source=f"a {method}",
+        )  # fmt: skip
 
 
 @pytest.fixture

@@ -87,7 +87,9 @@ def test_a_run_that_ran_out_goes_on_with_the_microbatch_that_it_named(plan_of, t
         )
         assert said["error"].split("OutOfMemory: ")[1] in answer.stderr + answer.stdout
         assert said["progress"]["step"] == 2
-        smaller = int(re.search(r"with learner.tokens_at_once=(\d+) continues", said["error"])[1])
+        named = re.search(r"with learner.tokens_at_once=(\d+) continues", said["error"])
+        assert named, said["error"]
+        smaller = int(named[1])
         assert smaller < budget
         budget, tries = smaller, tries + 1
     assert tries >= 1, "nothing was refused"
