@@ -147,9 +147,12 @@ def interrupted(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check(name: str, typed: list[str], plan_of, smoke_runs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The run that was left in peace, which the other one equals; what does not learn step by step has no other."""
-    kind = plan_of(*typed, "debug=smoke").config["stage"]["_target_"].rpartition(".")[2]
-    settings = TRAINED.get(kind, [])
-    others = [setting for setting in settings if setting.split("=")[0] not in {t.split("=")[0] for t in typed}]
+    stage = plan_of(*typed, "debug=smoke").config["stage"]
+    kind = stage["_target_"].rpartition(".")[2]
+    taken = {t.split("=")[0] for t in typed}
+    if kind == "TrainOffline" and stage["measure"] is None:  # value models are not sampled from
+        taken |= {"evaluation_dataset.eval_splits"}
+    others = [setting for setting in TRAINED.get(kind, []) if setting.split("=")[0] not in taken]
     typed = ["debug=smoke", *others, *typed, f"runs_dir={smoke_runs}"]
     whole, broken = (plan_of(*typed, f"name=interruptions_{name}_{how}") for how in ("whole", "broken"))
     execute(whole)
