@@ -149,7 +149,7 @@ class ModelPaths:
         Raises:
             ValueError: the embeddings do not learn with adapters, so nothing would give these words a meaning.
         """
-        if self.peft is None:
+        if self.peft is None or not words:  # no tokenizer is fetched for nothing
             return
         known = {} if self.policy in promised else load_tokenizer(self.policy).get_vocab()
         if lacking := [word for word in words if word not in known]:
