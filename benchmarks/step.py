@@ -160,6 +160,7 @@ def work_here(case: Case, folder: Path, steps: int) -> None:
         shared_critics,
     )
     from rlhf_lab.engine.prefixes import share_prefixes
+    from rlhf_lab.engine.rollouts import BuiltIn
     from rlhf_lab.engine.score import Scorer
     from rlhf_lab.objectives import FixedKL, KLPenalty, WeightedSum
     from rlhf_lab.records import Prompt
@@ -191,7 +192,8 @@ def work_here(case: Case, folder: Path, steps: int) -> None:
     stage = TrainOnline(
         algorithm=algorithm,
         model=ModelPaths(base=path, policy=path, reference=path, critic=path, learning_rates={}),
-        dataset=unread, rewards=sources, costs=[], sampling=sampling, evaluation_sampling=sampling, learner=learner,
+        dataset=unread, rewards=sources, costs=[], sampling=sampling, evaluation_sampling=sampling,
+        rollout=BuiltIn(), learner=learner,
         hardware=hardware, steps=steps, prompts_per_step=case.prompts, samples_per_prompt=case.samples,
         shared_prefixes="auto", conditions=Unconditioned(), demonstrations=None, ptx_coef=0.0, evaluate_every=0,
         checkpoint_every=1,

@@ -30,6 +30,16 @@ class InPlaceLayer(DynamicLayer):
         self.begin, self.end = begin, end
         self.keys, self.values = (buffer[:rows, :, begin:end] for buffer in self.buffers)
 
+    def append(self, keys: Tensor, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        """Write one column, of (n, heads, D) keys and values, and return all that are in use."""
+        rows = len(keys)
+        for buffer, new in zip(self.buffers, (keys, values), strict=True):
+            buffer[:rows, :, column] = new
+        self.use(rows, self.begin, column + 1)
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the next columns, and return all that are in use."""
         rows, end = len(key_states), self.end + key_states.shape[2]

@@ -60,35 +60,40 @@ def _widen(x: Tensor, mask: Tensor) -> Tensor:
     return x.new_zeros(mask.shape).masked_scatter(mask, x)
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    logits: Tensor, tokens: Tensor, temperature: float, *, entropies: bool = True
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities of `tokens` and entropies of their distributions, in float32, a slice of rows at a time.
 
     Args:
         logits: (B, …, V) in any precision; divided by the temperature in float32, as in sampling.
         tokens: (B, …) int64.
+        entropies: whether somebody reads them, which takes as long as all else here; without, they are 0.
 
     Returns:
         (B, …) each, in nats; the entropy carries no gradient.
     """
     rows = max(1, LOGITS_AT_ONCE // max(1, logits[:1].numel()))
-    chosen, entropies = [], []
+    chosen, spread = [], []
     for part, picked in zip(logits.split(rows), tokens.split(rows), strict=True):
         logprobs = (part.float() / temperature).log_softmax(-1)
         chosen.append(logprobs.gather(-1, picked[..., None])[..., 0])
         with torch.no_grad():
-            entropies.append(-(logprobs.exp() * logprobs).sum(-1))
-    return torch.cat(chosen), torch.cat(entropies)
+            spread.append(-(logprobs.exp() * logprobs).sum(-1) if entropies else torch.zeros_like(chosen[-1]))
+    return torch.cat(chosen), torch.cat(spread)
 
 
-def head_logprobs(head: Any, states: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies of `tokens` (N,) after `states` (N, D), (N,) each.
+def head_logprobs(
+    head: Any, states: Tensor, tokens: Tensor, temperature: float, *, entropies: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and, if asked for, entropies of `tokens` (N,) after `states` (N, D), (N,) each.
 
     Logits above `LOGITS_AT_ONCE` entries are made piece by piece, and once more in the backward pass: autograd keeps
     states, never logits.
     """
 
     def piece(states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        return token_logprobs(head(states), tokens, temperature)
+        return token_logprobs(head(states), tokens, temperature, entropies=entropies)
 
     rows = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
     if len(states) <= rows:
@@ -126,17 +131,31 @@ def policy_forward(
 
     Critics on the model's own trunk read the states of the same pass.
     """
+    return _said(model, sequences, temperature, critics, entropies=True)
+
+
+def policy_logprobs(model: "PreTrainedModel", sequences: Sequences, *, temperature: float = 1.0) -> Tensor:
+    """(B, T) log-probabilities of the response tokens alone, 0 where masked."""
+    return _said(model, sequences, temperature, None, entropies=False).logprobs
+
+
+def _said(
+    model: "PreTrainedModel", sequences: Sequences, temperature: float, critics: Critics | None, *, entropies: bool
+) -> PolicyForward:
     layout, mask = _lay_out(model, sequences), sequences.response_mask
     tokens = sequences.tokens[:, sequences.prompt_width :][mask]
     values: dict[str, Tensor] = {}
     if _has_plain_head(model):
         states = _states(model.base_model, layout).index_select(0, layout.before)
-        logprobs, entropy = head_logprobs(model.get_output_embeddings(), states, tokens, temperature)
+        logprobs, entropy = head_logprobs(
+            model.get_output_embeddings(), states, tokens, temperature, entropies=entropies
+        )
         if critics is not None and critics.shares_trunk:
             values = _values(critics, states, mask)
     else:
         logits = model(**layout.inputs, use_cache=False).logits.flatten(0, 1)
-        logprobs, entropy = token_logprobs(logits.index_select(0, layout.before), tokens, temperature)
+        before = logits.index_select(0, layout.before)
+        logprobs, entropy = token_logprobs(before, tokens, temperature, entropies=entropies)
     if critics is not None and not values:
         values = critic_values(critics, sequences)
     return PolicyForward(_widen(logprobs, mask), _widen(entropy, mask), values)

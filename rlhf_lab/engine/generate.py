@@ -12,6 +12,7 @@ from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import join, positions
 from rlhf_lab.engine import out_of_memory, ranks
 from rlhf_lab.engine.cache import GrowingCache, InPlaceCache, is_plain
+from rlhf_lab.engine.decoder import Decoder, decoder
 from rlhf_lab.functional.sampled import draw, penalised, restricted
 from rlhf_lab.types import Count, Fraction, NonNegative, NonNegativeCount, Positive, PromptBatch, Rollout
 
@@ -221,6 +222,7 @@ class Flight:
         self.is_stop = torch.zeros(vocabulary, dtype=torch.bool, device=self.device)
         self.is_stop[engine.stops[engine.stops < len(self.is_stop)]] = True
         self.store: InPlaceCache | GrowingCache | None = None
+        self.decoder: Decoder | None = None
         none = torch.zeros(0, dtype=torch.int64, device=self.device)
         self.response = none  # (n,) of `drawn`, in flight here
         self.count = none  # (n,) tokens drawn so far
@@ -253,6 +255,7 @@ class Flight:
             # with twice the room, what is in use moves back to the first columns once in `room` steps
             columns = width + room * (2 if self.refilled else 1)
             self.store = InPlaceCache(read, self.slots, columns) if self.plain else GrowingCache(read)
+            self.decoder = decoder(self.engine.model, columns) if self.plain else None
         self.store.add(read, self.samples)
         of = chosen.to(self.device)[:, None] * self.samples + torch.arange(self.samples, device=self.device)
         new = of.view(-1)
@@ -297,10 +300,14 @@ class Flight:
         attention = None
         if self.padded:
             attention = torch.arange(self.store.begin, end + 1, device=self.device) >= self.start[:, None]
+        positions = end - self.start
+        if self.decoder is not None and isinstance(self.store, InPlaceCache):
+            self.logits = self.decoder(tokens, positions, attention, self.store)
+            return
         self.logits = self.engine.model(
             input_ids=tokens[:, None],
             attention_mask=attention,
-            position_ids=(end - self.start)[:, None],
+            position_ids=positions[:, None],
             past_key_values=self.store.cache,
             use_cache=True,
             logits_to_keep=1,

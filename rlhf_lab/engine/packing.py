@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlhf_lab.engine.forward import policy_forward, token_logprobs
+from rlhf_lab.engine.forward import policy_logprobs, token_logprobs
 from rlhf_lab.types import Batch, PolicyForward, Sequences
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def check_packing(model: "PreTrainedModel", sequences: Sequences) -> None:
     advice = "set stage.pack_tokens=0"
     if attention not in ("eager", "sdpa"):
         raise ValueError(f"stage.pack_tokens needs eager or sdpa attention, the model uses {attention}; {advice}")
-    apart = policy_forward(model, sequences).logprobs.sum(1)
+    apart = policy_logprobs(model, sequences).sum(1)
     packed = pack(sequences, int(sequences.lengths.sum())).to(apart.device)
     said = packed_forward(model, packed).logprobs
     together = torch.zeros_like(apart).index_add(0, packed.row[packed.token_mask], said[packed.token_mask])

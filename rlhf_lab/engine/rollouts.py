@@ -11,7 +11,7 @@ from rlhf_lab.data.templates import Template
 from rlhf_lab.engine import ranks
 from rlhf_lab.engine.continuous_batching import ContinuousBatcher
 from rlhf_lab.engine.distribution import through
-from rlhf_lab.engine.forward import policy_forward
+from rlhf_lab.engine.forward import policy_logprobs
 from rlhf_lab.engine.generate import Generator, Sampling
 from rlhf_lab.engine.models import Hardware, ModelPaths
 from rlhf_lab.engine.prefixes import shares_prefixes
@@ -32,7 +32,7 @@ def measure(rollout: Rollout, policy: "PreTrainedModel", temperature: float, tok
         rollout.sequences,
         tokens_at_once,
         policy.device,
-        through(policy, lambda rows: policy_forward(policy, rows, temperature=temperature).logprobs),
+        through(policy, lambda rows: policy_logprobs(policy, rows, temperature=temperature)),
         together=shares_prefixes(policy),
     )
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlhf_lab.engine import out_of_memory, ranks
 from rlhf_lab.engine.distribution import in_step, is_in_step, through
-from rlhf_lab.engine.forward import critic_values, policy_forward
+from rlhf_lab.engine.forward import critic_values, policy_logprobs
 from rlhf_lab.engine.models import Critics
 from rlhf_lab.engine.prefixes import shares_prefixes, siblings
 from rlhf_lab.interfaces import RewardSource
@@ -168,7 +168,7 @@ class Scorer:
                 device,
                 through(
                     self.reference,
-                    lambda part: policy_forward(self.reference, part, temperature=self.temperature).logprobs,
+                    lambda part: policy_logprobs(self.reference, part, temperature=self.temperature),
                 ),
                 together=shares_prefixes(self.reference),
             ),

@@ -9,7 +9,7 @@ from torch import Tensor
 from rlhf_lab.data.templates import Style, Template
 from rlhf_lab.data.tokenise import sequences
 from rlhf_lab.engine.distribution import Distribution, through
-from rlhf_lab.engine.forward import policy_forward
+from rlhf_lab.engine.forward import policy_logprobs
 from rlhf_lab.engine.models import LEARNT, Hardware, check_path, load_frozen, load_tokenizer
 from rlhf_lab.engine.prefixes import shares_prefixes
 from rlhf_lab.engine.score import by_length
@@ -63,7 +63,7 @@ class ImplicitReward:
         read = sequences(self.template, rollout.prompts, rollout.responses, rollout.finished.tolist())
 
         def ratio(part: Sequences) -> Tensor:
-            learnt, began = (policy_forward(model, part).sequence_logprobs for model in self.models)
+            learnt, began = (policy_logprobs(model, part).sum(1) for model in self.models)
             return self.beta * (learnt - began)
 
         learnt, began = self.models

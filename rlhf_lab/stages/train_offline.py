@@ -18,7 +18,7 @@ from rlhf_lab.engine.accounting import EVALUATION, Account
 from rlhf_lab.engine.average import MovingAverage
 from rlhf_lab.engine.checkpoint import seal
 from rlhf_lab.engine.distribution import Distribution, through
-from rlhf_lab.engine.forward import policy_forward, text_logprobs, text_scores
+from rlhf_lab.engine.forward import policy_logprobs, text_logprobs, text_scores
 from rlhf_lab.engine.generate import Generator
 from rlhf_lab.engine.learner import Learner, Part, Trainable
 from rlhf_lab.engine.models import (
@@ -328,7 +328,7 @@ class TrainOffline:
             }
             new_tokens = new_token_ids(template.tokenizer, self.model.new_tokens)
             reference = distribution.frozen(load_frozen(self.model.reference, new_tokens=new_tokens, **options))
-            said = through(reference, lambda part: policy_forward(reference, part).sequence_logprobs)
+            said = through(reference, lambda part: policy_logprobs(reference, part).sum(1))
             batch = BATCHES[self.algorithm.reads](template, records)
             budget = self.learner.keywords["tokens_at_once"]
             columns = [by_length(text, budget, reference.device, said) for text in batch.texts]

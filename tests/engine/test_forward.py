@@ -11,7 +11,14 @@ from torch.testing import assert_close
 
 from rlhf_lab.data.tokenise import join, pad
 from rlhf_lab.engine import forward
-from rlhf_lab.engine.forward import critic_values, policy_forward, raw_scores, text_scores, token_logprobs
+from rlhf_lab.engine.forward import (
+    critic_values,
+    policy_forward,
+    policy_logprobs,
+    raw_scores,
+    text_scores,
+    token_logprobs,
+)
 from rlhf_lab.engine.models import Critics, load_critics, load_policy, shared_critics
 from rlhf_lab.types import PolicyForward, Sequences
 
@@ -208,6 +215,16 @@ def test_half_precision_logits_are_divided_by_the_temperature_in_float32():
     tokens = logits.argmax(-1)
     expected = torch.distributions.Categorical(logits=logits.double() / 0.7).log_prob(tokens)
     close(token_logprobs(logits, tokens, 0.7)[0].double(), expected)
+
+
+def test_log_probabilities_alone_are_those_of_the_whole_forward(hf_folder: Folder, ragged: Ragged):
+    for architecture in ("llama", "gpt2"):
+        model = policy_of(hf_folder(architecture))
+        sequences = ragged(model.config.vocab_size, 5)[0]
+        with torch.no_grad():
+            expected = policy_forward(model, sequences, temperature=0.7)
+            assert expected.entropy.abs().sum() > 0
+            assert torch.equal(policy_logprobs(model, sequences, temperature=0.7), expected.logprobs)
 
 
 def test_entropy_carries_no_gradient_and_logprobs_do(hf_folder: Folder, ragged: Ragged):
