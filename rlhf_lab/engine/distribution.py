@@ -232,6 +232,19 @@ class Distribution(ABC):
     def _gathered(self, module: Module) -> Iterator[Module]:
         yield module
 
+    @contextlib.contextmanager
+    def _filled(self, module: Module, whole: Callable[[Tensor], Tensor]) -> Iterator[Module]:
+        """The hollow copy of a module that was cut, with `whole` of each of its weights; else the module."""
+        sampled = self.to_sample(module)
+        pairs = [] if sampled is module else list(zip(module.parameters(), sampled.parameters(), strict=True))
+        try:
+            for shard, empty in pairs:
+                empty.data = whole(shard.detach())
+            yield sampled
+        finally:
+            for _, filled in pairs:
+                filled.data = filled.new_empty(0)
+
     def _recompute(self, module: nn.Module) -> None:
         """Have each layer keep its input alone, and compute the rest again in the backward pass."""
         if views := [part for part in module.modules() if isinstance(part, AdapterView)]:
@@ -274,8 +287,8 @@ class Replicated(Distribution):
         return Whole(modules, entry, betas, weight_decay)
 
 
-class Whole(Training):
-    """Gradients are this rank's until they are clipped, and then the same to the bit on every rank."""
+class TorchTraining(Training):
+    """With torch's own AdamW."""
 
     def __init__(
         self, modules: Mapping[str, nn.Module], entry: Entry, betas: tuple[float, float], weight_decay: float
@@ -284,12 +297,36 @@ class Whole(Training):
         self.entry = entry
         self.optimiser = optimiser(self, betas, weight_decay)
 
+    def loss(self, call: Callable[[], Tensor]) -> Tensor:
+        return self.entry(call)
+
+    def step(self, rates: Mapping[str, float]) -> None:
+        for group, name in zip(self.optimiser.param_groups, self.modules, strict=True):
+            group["lr"] = rates[name]
+        self.optimiser.step()
+
+    def clear(self) -> None:
+        self.optimiser.zero_grad(set_to_none=True)
+
+    def restore(self, moments: Moments) -> None:
+        self.optimiser.state.clear()
+        for name, parameters in moments.items():
+            learnt = self.learnt(name)
+            for key, saved in parameters.items():
+                moved = {moment: self._placed(saved[moment], learnt[key]) for moment in MOMENTS}
+                self.optimiser.state[learnt[key]] = {"step": saved["step"].clone(), **moved}
+
+    @abstractmethod
+    def _placed(self, moment: Tensor, parameter: nn.Parameter) -> Tensor:
+        """A copy of a whole moment, where and as the parameter is."""
+
+
+class Whole(TorchTraining):
+    """Gradients are this rank's until they are clipped, and then the same to the bit on every rank."""
+
     @property
     def device(self) -> torch.device:
         return next(next(iter(self.modules.values())).parameters()).device
-
-    def loss(self, call: Callable[[], Tensor]) -> Tensor:
-        return self.entry(call)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
@@ -300,14 +337,6 @@ class Whole(Training):
             ranks.sum_gradients(module.parameters())
             norms[name] = nn.utils.clip_grad_norm_(module.parameters(), longest).item()
         return norms
-
-    def step(self, rates: Mapping[str, float]) -> None:
-        for group, name in zip(self.optimiser.param_groups, self.modules, strict=True):
-            group["lr"] = rates[name]
-        self.optimiser.step()
-
-    def clear(self) -> None:
-        self.optimiser.zero_grad(set_to_none=True)
 
     def moments(self) -> Moments:
         """The ranks make sure first that they have the same weights.
@@ -322,13 +351,8 @@ class Whole(Training):
             name: {key: dict(state[p]) for key, p in self.learnt(name).items() if p in state} for name in self.modules
         }
 
-    def restore(self, moments: Moments) -> None:
-        self.optimiser.state.clear()
-        for name, parameters in moments.items():
-            learnt = self.learnt(name)
-            for key, saved in parameters.items():
-                moved = {moment: saved[moment].to(learnt[key].device, copy=True) for moment in MOMENTS}
-                self.optimiser.state[learnt[key]] = {"step": saved["step"].clone(), **moved}
+    def _placed(self, moment: Tensor, parameter: nn.Parameter) -> Tensor:
+        return moment.to(parameter.device, copy=True)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Not through accelerate: its plugin becomes plain DDP on a CPU, and says nothing.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -14,7 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rlhf_lab.engine import ranks
-from rlhf_lab.engine.distribution import COPY, MOMENTS, Distribution, Entry, Moments, Root, Training, hollow, optimiser
+from rlhf_lab.engine.distribution import COPY, Distribution, Entry, Moments, Root, TorchTraining, Training, hollow
 from rlhf_lab.engine.models import Hardware, layers, matched, parameters_of
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -64,21 +64,11 @@ class Sharded(Distribution):
 
     @contextlib.contextmanager
     def _gathered(self, module: Module) -> Iterator[Module]:
-        whole = self.to_sample(module)
-        if whole is module:  # it was not cut
-            yield module
-            return
-        pairs = list(zip(module.parameters(), whole.parameters(), strict=True))
-        try:
-            for shard, empty in pairs:
-                empty.data = _whole(shard.detach()).to(self.device)
+        with self._filled(module, lambda shard: _whole(shard).to(self.device)) as whole:
             yield whole
-        finally:
-            for _, filled in pairs:
-                filled.data = filled.new_empty(0)
 
 
-class ShardedTraining(Training):
+class ShardedTraining(TorchTraining):
     """The gradient is summed, and each rank's part of it kept, with each backward pass."""
 
     in_step = True
@@ -91,16 +81,12 @@ class ShardedTraining(Training):
         betas: tuple[float, float],
         weight_decay: float,
     ) -> None:
-        super().__init__(modules)
-        self.entry, self.on = entry, device
-        self.optimiser = optimiser(self, betas, weight_decay)
+        super().__init__(modules, entry, betas, weight_decay)
+        self.on = device
 
     @property
     def device(self) -> torch.device:
         return self.on
-
-    def loss(self, call: Callable[[], Tensor]) -> Tensor:
-        return self.entry(call)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         (loss * ranks.world()).backward()  # torch averages over the ranks
@@ -108,14 +94,6 @@ class ShardedTraining(Training):
     def clip(self, longest: float) -> dict[str, float]:
         norms = {name: nn.utils.clip_grad_norm_(module.parameters(), longest) for name, module in self.modules.items()}
         return {name: _whole(norm).item() for name, norm in norms.items()}
-
-    def step(self, rates: Mapping[str, float]) -> None:
-        for group, name in zip(self.optimiser.param_groups, self.modules, strict=True):
-            group["lr"] = rates[name]
-        self.optimiser.step()
-
-    def clear(self) -> None:
-        self.optimiser.zero_grad(set_to_none=True)
 
     def moments(self) -> Moments:
         state = self.optimiser.state
@@ -128,13 +106,8 @@ class ShardedTraining(Training):
             for name in self.modules
         }
 
-    def restore(self, moments: Moments) -> None:
-        self.optimiser.state.clear()
-        for name, parameters in moments.items():
-            learnt = self.learnt(name)
-            for key, saved in parameters.items():
-                moved = {moment: _like(learnt[key], saved[moment]) for moment in MOMENTS}
-                self.optimiser.state[learnt[key]] = {"step": saved["step"].clone(), **moved}
+    def _placed(self, moment: Tensor, parameter: nn.Parameter) -> Tensor:
+        return _like(parameter, moment)
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -134,19 +134,9 @@ class Zero(Distribution):
 
     @contextlib.contextmanager
     def _gathered(self, module: Module) -> Iterator[Module]:
-        whole = self.to_sample(module)
-        if whole is module:  # it was not cut
-            yield module
-            return
-        pairs = list(zip(module.parameters(), whole.parameters(), strict=True))
-        with self._present([shard for shard, _ in pairs]):
-            try:
-                for shard, empty in pairs:
-                    empty.data = shard.data
-                yield whole
-            finally:
-                for _, filled in pairs:
-                    filled.data = filled.new_empty(0)
+        cut: list[Tensor] = [] if self.to_sample(module) is module else [*module.parameters()]
+        with self._present(cut), self._filled(module, lambda present: present) as whole:
+            yield whole
 
     def _present(self, tensors: list[Tensor], modifier_rank: int | None = None) -> Any:
         """A context in which weights are there, on every rank."""
