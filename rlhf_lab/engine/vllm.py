@@ -22,7 +22,7 @@ from torch import nn
 from rlhf_lab.data.templates import Template
 from rlhf_lab.engine.generate import Sampling, check_room, rollout_from, stop_tokens
 from rlhf_lab.engine.models import parameters_of, save_model
-from rlhf_lab.redaction import redact, secrets
+from rlhf_lab.redaction import redact
 from rlhf_lab.seeds import derive
 from rlhf_lab.types import PromptBatch, Rollout
 
@@ -64,8 +64,7 @@ def check_python(python: str | None) -> str:
 
 def environment(device: torch.device | None = None, threads: int = 1) -> dict[str, str]:
     """The variables that a worker gets: no secrets, nothing of this environment, and one GPU, that of the policy."""
-    hidden = {*secrets(), *OWN}
-    kept = {name: value for name, value in os.environ.items() if name not in hidden and redact(value) == value}
+    kept = {name: value for name, value in os.environ.items() if name not in OWN and redact(value) == value}
     kept |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process, whose seeds are those of its responses
         "VLLM_NO_USAGE_STATS": "1",  # which it would send
@@ -200,7 +199,6 @@ class Worker:
             elif self.process.poll() is not None:  # a process that it started may hold the pipe
                 self._fail("has ended")
             elif last is not None and time.monotonic() >= last:
-                self.process.kill()
                 self._fail(f"took longer than rollout.start_timeout={timeout:g} seconds to {do}")
         return b"".join(parts)
 

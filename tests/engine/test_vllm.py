@@ -341,7 +341,7 @@ def needs_vllm(test: Any) -> Any:
 
 
 class Policy:
-    """A Llama whose heads are 64 wide, as vLLM's attention on CPUs without AVX-512 asks for; its worker starts once."""
+    """A Llama whose heads are 64 wide, and not 16, which vLLM cannot read on a CPU; its worker starts once."""
 
     def __init__(self, folder: str) -> None:
         self.model = load_policy(folder, device=CPU, dtype="float32", seed=0)
