@@ -356,9 +356,9 @@ class Policy:
         engine.sync()
         return engine.generate(prompts or self.prompts, samples, seed)
 
-    def built_in(self, samples: int = 3, **changes: Any) -> Rollout:
+    def built_in(self, samples: int = 3, prompts: PromptBatch | None = None, **changes: Any) -> Rollout:
         engine = BuiltIn().engine(self.model, self.template, sampling(**changes))
-        return engine.generate(self.prompts, samples, seed=5)
+        return engine.generate(prompts or self.prompts, samples, seed=5)
 
     def logits(self, rollout: Rollout) -> torch.Tensor:
         """(B, T, V) of the learner, before each token of the responses."""
@@ -377,7 +377,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory, write_tokenizer) -> Policy:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=160, initializer_range=0.2, tie_word_embeddings=True,
+        num_key_value_heads=1, max_position_embeddings=512, initializer_range=0.2, tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
@@ -451,18 +451,21 @@ def test_vllms_samples_come_as_often_as_the_learner_says(policy: Policy):
 
 @needs_vllm
 def test_the_weights_of_vllm_follow_the_policys(policy: Policy):
+    # longer than a page of the cache of prefixes, 128 on a CPU: what older weights computed would be found there
+    prompts = prompt_batch(policy.template, [Prompt.from_text(" ".join(TEXTS * 3)), Prompt.from_text("bread ?")])
+    assert 150 < prompts.attention_mask[0].sum() < 450
     before = {name: tensor.clone() for name, tensor in parameters_of(policy.model).items()}
-    first = policy.sampled(temperature=0)
+    first = policy.sampled(temperature=0, prompts=prompts)
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.mul_(-1.1)
     try:
-        changed = policy.sampled(temperature=0)
-        assert_same(changed, policy.built_in(temperature=0))
+        changed = policy.sampled(temperature=0, prompts=prompts)
+        assert_same(changed, policy.built_in(temperature=0, prompts=prompts))
         assert changed.responses != first.responses
     finally:
         restore_parameters(policy.model, before)
-    assert_same(policy.sampled(temperature=0), first)
+    assert_same(policy.sampled(temperature=0, prompts=prompts), first)
 
 
 @needs_vllm
@@ -499,5 +502,5 @@ def test_vllm_draws_no_stop_before_the_least_length(policy: Policy):
 
 @needs_vllm
 def test_prompts_that_leave_no_room_in_vllm_are_refused(policy: Policy):
-    with pytest.raises(ValueError, match=r"need \d+ positions, the model has 160"):
-        policy.sampled(max_new_tokens=150)
+    with pytest.raises(ValueError, match=r"need \d+ positions, the model has 512"):
+        policy.sampled(max_new_tokens=500)
