@@ -94,8 +94,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=192, initializer_range=0.08, tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        num_labels=1,
     )  # fmt: skip
+    config.num_labels = 1
     found = {}
     for name, kind in [
         ("policy", transformers.LlamaForCausalLM),
