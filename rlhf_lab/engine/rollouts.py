@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from rlhf_lab.engine.generate import Generator, Sampling
 from rlhf_lab.engine.models import Hardware, ModelPaths
 from rlhf_lab.engine.prefixes import shares_prefixes
 from rlhf_lab.engine.score import by_length
+from rlhf_lab.engine.vllm import VLLMEngine, Worker, check_python, environment, shared
 from rlhf_lab.functional.mismatch import mismatch, truncated_weights
 from rlhf_lab.interfaces import RolloutEngine
-from rlhf_lab.types import Count, Metrics, Positive, Rollout, Term
+from rlhf_lab.types import Count, Fraction, Metrics, Positive, Rollout, Term
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -139,3 +140,54 @@ class ContinuousBatching(Foreign):
             max_batch_tokens=self.max_batch_tokens,
             pages=-(-self.memory // self.page_size),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLLM(Foreign):
+    """vLLM in a process of its own, by the Python of an environment that has it: it pins torch and transformers.
+
+    Engines of one model share the process; the first one's `sampling.batch_size` is how many responses are in flight.
+    """
+
+    python: str | None
+    dtype: Literal["float32", "bfloat16"]
+    gpu_memory_utilization: Fraction
+    kv_cache_gib: Positive | None
+    max_model_len: Count | None
+    enforce_eager: bool
+    start_timeout: Positive
+
+    def check(self, sampling: Sampling, model: ModelPaths, hardware: Hardware) -> None:
+        """Refuse what vLLM would not do as the built-in engine does, and an environment without it.
+
+        Raises:
+            ValueError: naming the settings.
+        """
+        wrong = {
+            # which it looks for behind min_new_tokens only
+            f"sampling.stop_strings={list(sampling.stop_strings)} and sampling.min_new_tokens="
+            f"{sampling.min_new_tokens} together": bool(sampling.stop_strings and sampling.min_new_tokens),
+            f"model.peft={model.peft}": model.peft is not None,
+            f"hardware.distribution={hardware.distribution}": hardware.distribution != "ddp",
+            f"num_processes={ranks.expected()}": ranks.expected() > 1,
+        }
+        if found := [what for what, there in wrong.items() if there]:
+            raise ValueError(f"rollout=vllm does not work with {', '.join(found)}; use rollout=built_in")
+        check_python(self.python)
+
+    def engine(self, model: "PreTrainedModel", template: Template, sampling: Sampling) -> RolloutEngine:
+        """An engine that samples from `model`."""
+
+        def worker() -> Worker:
+            options = {
+                "dtype": self.dtype,
+                "gpu_memory_utilization": self.gpu_memory_utilization,
+                "kv_cache_memory_bytes": None if self.kv_cache_gib is None else int(self.kv_cache_gib * 2**30),
+                "max_model_len": -1 if self.max_model_len is None else self.max_model_len,
+                "enforce_eager": self.enforce_eager,
+                "max_num_seqs": sampling.batch_size,
+            }
+            variables = environment(model.device, torch.get_num_threads())
+            return Worker(check_python(self.python), options, self.start_timeout, variables)
+
+        return VLLMEngine(model, template, sampling, shared(model, self, worker))

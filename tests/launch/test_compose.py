@@ -19,6 +19,7 @@ NOT_ALONE = {
     "conditions=rewards_in_context",
     "stage=benchmarks",
     "stage=generalisation",
+    "rollout=vllm",
 }
 # public data sets, but for two: tests/data/test_sources.py composes each of them
 SOURCES = {
