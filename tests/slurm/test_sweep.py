@@ -12,7 +12,8 @@ from tests.slurm.desk import ON_CPU, ON_GPU, PATIENCE, Desk, differences, jobs_o
 
 pytestmark = pytest.mark.slurm
 
-LONG = ("algorithm=ppo_lag", "reward=single", "stage.prompts_per_step=48", "stage.steps=40", "stage.checkpoint_every=5")
+# so many steps that a run is still at them when the command that cancels it has started
+LONG = ("algorithm=ppo_lag", "reward=single", "stage.prompts_per_step=48", "stage.steps=90", "stage.checkpoint_every=5")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_cancel_ends_the_jobs_of_a_sweep_alone_and_retry_continues_them(desk: De
     desk.launch("-m", *ON_CPU, *LONG, "seed=0,1", "sweep=bystander")
     ours, theirs = (jobs_of(desk.sweep(name)) for name in ("given_up", "bystander"))
     first, second = (desk.sweep("given_up") / name for name in sorted(ours))
-    desk.wait_until(lambda: steps(first) > 10, ours[first.name])
+    desk.wait_until(lambda: steps(first) > 5, ours[first.name])
     desk.launch("cancel=given_up")
     assert wait_until(lambda: all("CANCELLED" in desk.state(job) for job in ours.values()), 60)
     assert not any("CANCELLED" in desk.state(job) for job in theirs.values())
