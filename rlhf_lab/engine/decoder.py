@@ -1,9 +1,9 @@
 """One decoding step of a Llama, by its weights: a small model spends most of a step on the way through its modules.
 
-The same operations as the library's, in the same order of magnitude of rounding, without its wrappers around each: a
-step of the embedded model takes less than half the time. It is used where the layers are those of a Llama (Llama,
-Mistral, Qwen2 and what is built like them), whole and unchanged, and after a probe has shown that it says what the
-model says; any other model decodes by its own forward.
+The library's operations without its wrappers around each, equal up to rounding: a step of the embedded model takes less
+than half the time. It is used where the layers are those of a Llama (Llama, Mistral, Qwen2 and what is built like
+them), whole and unchanged, and after a probe has shown that it says what the model says; any other model decodes by its
+own forward.
 """
 
 from dataclasses import dataclass
