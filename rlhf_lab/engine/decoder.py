@@ -44,6 +44,23 @@ class _Layer:
     scaling: float
 
 
+def _layer(layer: Any) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    return _Layer(
+        input_norm=layer.input_layernorm,
+        q=attention.q_proj,
+        k=attention.k_proj,
+        v=attention.v_proj,
+        o=attention.o_proj,
+        output_norm=layer.post_attention_layernorm,
+        gate=mlp.gate_proj,
+        up=mlp.up_proj,
+        down=mlp.down_proj,
+        activation=mlp.act_fn,
+        scaling=attention.scaling,
+    )
+
+
 class Decoder:
     """Reads one token for each row of a cache.
 
@@ -53,17 +70,7 @@ class Decoder:
 
     def __init__(self, model: "PreTrainedModel", columns: int) -> None:
         base: Any = model.base_model
-        self.layers = [
-            _Layer(
-                layer.input_layernorm,
-                *(getattr(layer.self_attn, f"{name}_proj") for name in "qkvo"),
-                layer.post_attention_layernorm,
-                *(getattr(layer.mlp, f"{name}_proj") for name in ("gate", "up", "down")),
-                layer.mlp.act_fn,
-                layer.self_attn.scaling,
-            )
-            for layer in base.layers
-        ]
+        self.layers = [_layer(layer) for layer in base.layers]
         self.embeddings, self.norm, self.head = base.embed_tokens, base.norm, model.get_output_embeddings()
         positions = torch.arange(columns, device=model.device)[None]
         cosines, sines = base.rotary_emb(torch.empty(0, dtype=model.dtype, device=model.device), positions)
@@ -126,10 +133,10 @@ def decoder(model: "PreTrainedModel", columns: int) -> Decoder | None:
 
 def _is_llama(model: Any) -> bool:
     """Whether the parts are there, nothing is beside them that would compute, and weights are plain and whole."""
-    base = getattr(model, "base_model", None)
-    if not isinstance(model, transformers.PreTrainedModel) or not hasattr(base, "rotary_emb"):
+    if not isinstance(model, transformers.PreTrainedModel):
         return False
-    if getattr(base.rotary_emb, "rope_type", None) not in STEADY_ROPE:
+    base: Any = model.base_model
+    if getattr(getattr(base, "rotary_emb", None), "rope_type", None) not in STEADY_ROPE:
         return False
     if model.training and getattr(model.config, "attention_dropout", 0):
         return False
