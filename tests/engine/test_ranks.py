@@ -180,7 +180,7 @@ def together(count: int, work: Any, *arguments: Any) -> list[Any]:
 
 
 worlds = pytest.mark.parametrize(
-    "count", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+    "count", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=[pytest.mark.slow, pytest.mark.long])]
 )
 
 

@@ -170,7 +170,13 @@ def check(name: str, typed: list[str], plan_of, smoke_runs: Path, monkeypatch: p
     return whole.directory
 
 
-@pytest.mark.parametrize("method", METHODS)
+# one of each kind of run, and what has a state of its own; what the others add is their loss
+KINDS_OF_METHODS = ("sft", "reward_model", "dpo_pop_dual", "ppo_lag", "ci_lag", "rloo", "rejection_sft", "ric_online")
+
+
+@pytest.mark.parametrize(
+    "method", [one if one in KINDS_OF_METHODS else pytest.param(one, marks=pytest.mark.long) for one in METHODS]
+)
 def test_every_method_runs_and_continues_as_if_it_had_not_been_interrupted(
     method, plan_of, smoke_runs, without_reports, listening, monkeypatch
 ):
