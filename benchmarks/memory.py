@@ -111,7 +111,7 @@ def step(folder: Path, layout: str, quantise: str | None, tokens_at_once: int) -
     overrides = [
         "algorithm=ppo_lag", "reward=ensemble_uwo", "model=hf", f"model.base={folder / 'base'}",
         f"scorers.reward_models=[{','.join(models[:MEMBERS])}]", f"scorers.cost_models=[{models[MEMBERS]}]",
-        "stage.steps=2", "stage.prompts_per_step=16", "sampling.max_new_tokens=16",
+        "stage.steps=2", "stage.prompts_per_step=16", "learner.minibatch_size=16", "sampling.max_new_tokens=16",
         "dataset.train_size=64", "dataset.eval_splits=[test]",
         "dataset.eval_size=4", "stage.checkpoint_every=2", f"learner.tokens_at_once={tokens_at_once}",
         f"runs_dir={folder / 'runs'}", f"name={layout}_{quantise}",
