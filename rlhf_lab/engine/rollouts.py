@@ -1,6 +1,6 @@
 """Which engine samples from the policy: the choices of `rollout=`, checked before anything is loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -72,6 +72,23 @@ class Foreign:
 
     importance_cap: Positive | None
 
+    @staticmethod
+    def refuse(name: str, wrong: Mapping[str, bool], model: ModelPaths, hardware: Hardware) -> None:
+        """Refuse settings that the engine of this name does not honour (said -> whether it is so).
+
+        Nor does any of them read adapters or shards, or share its work with other processes.
+
+        Raises:
+            ValueError: naming the settings.
+        """
+        common = {
+            f"model.peft={model.peft}": model.peft is not None,
+            f"hardware.distribution={hardware.distribution}": hardware.distribution != "ddp",
+            f"num_processes={ranks.expected()}": ranks.expected() > 1,
+        }
+        if found := [what for what, there in {**wrong, **common}.items() if there]:
+            raise ValueError(f"rollout={name} does not work with {', '.join(found)}; use rollout=built_in")
+
     def measured(
         self, rollout: Rollout, policy: "PreTrainedModel", temperature: float, tokens_at_once: int
     ) -> tuple[Rollout, Metrics]:
@@ -123,12 +140,8 @@ class ContinuousBatching(Foreign):
             f"sampling.min_new_tokens={sampling.min_new_tokens}": bool(sampling.min_new_tokens),
             f"sampling.stop_strings={list(sampling.stop_strings)}": bool(sampling.stop_strings),
             f"sampling.repetition_penalty={sampling.repetition_penalty}": sampling.repetition_penalty != 1,
-            f"model.peft={model.peft}": model.peft is not None,
-            f"hardware.distribution={hardware.distribution}": hardware.distribution != "ddp",
-            f"num_processes={ranks.expected()}": ranks.expected() > 1,
         }
-        if found := [what for what, there in wrong.items() if there]:
-            raise ValueError(f"rollout=continuous_batching does not work with {', '.join(found)}; use rollout=built_in")
+        self.refuse("continuous_batching", wrong, model, hardware)
 
     def engine(self, model: "PreTrainedModel", template: Template, sampling: Sampling) -> RolloutEngine:
         """An engine that samples from `model`."""
@@ -167,12 +180,8 @@ class VLLM(Foreign):
             # which it looks for behind min_new_tokens only
             f"sampling.stop_strings={list(sampling.stop_strings)} and sampling.min_new_tokens="
             f"{sampling.min_new_tokens} together": bool(sampling.stop_strings and sampling.min_new_tokens),
-            f"model.peft={model.peft}": model.peft is not None,
-            f"hardware.distribution={hardware.distribution}": hardware.distribution != "ddp",
-            f"num_processes={ranks.expected()}": ranks.expected() > 1,
         }
-        if found := [what for what, there in wrong.items() if there]:
-            raise ValueError(f"rollout=vllm does not work with {', '.join(found)}; use rollout=built_in")
+        self.refuse("vllm", wrong, model, hardware)
         check_python(self.python)
 
     def engine(self, model: "PreTrainedModel", template: Template, sampling: Sampling) -> RolloutEngine:
