@@ -35,10 +35,8 @@ def assert_nothing_lost(chain: Chain, kills: int) -> None:
 
 
 # `python -m tests.chaos` kills all of them, twenty times each
-@pytest.mark.parametrize(
-    "family",
-    [one if one == "rewards in context" else pytest.param(one, marks=pytest.mark.long) for one in OTHERS],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("family", OTHERS)
 def test_a_run_that_is_killed_in_its_writes_ends_as_the_undisturbed_one(family: str, main_job: Trial, tmp_path: Path):
     trial = Trial(tmp_path, FAMILIES[family], artifacts=main_job.whole.runs, say=print)
     if any(" run/" not in operation for operation in trial.whole.sitting.operations):  # it needed other artifacts too

@@ -25,6 +25,7 @@ from rlhf_lab.launch.compose import Plan
 from rlhf_lab.launch.job import FINISHED
 from rlhf_lab.types import Batch, Term
 from tests.launch.test_processes import metrics, ranks_of, started, wait_for
+from tests.marking import at_release
 
 KINDS = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 TEN_STEPS = ("stage.steps=10", "stage.prompts_per_step=5", "learner.minibatch_size=0", "stage.evaluate_every=0")
@@ -212,9 +213,7 @@ def differences(ours: Path, theirs: Path) -> dict[str, float]:
 
 @pytest.mark.slow
 # zero1 and zero2 are zero3 with more of it whole
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.long) if kind in ("zero1", "zero2") else kind for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", at_release(KINDS, unless=("ddp", "fsdp", "zero3")))
 def test_two_processes_learn_what_one_does(kind, alone, runs, plan_of, tmp_path):
     pytest.importorskip("accelerate" if kind.startswith("zero") else "torch")
     changes = [f"hardware.distribution={kind}", f"runs_dir={runs}", *SMOKE]
@@ -248,6 +247,7 @@ def test_two_processes_learn_what_one_does(kind, alone, runs, plan_of, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_in_shards_is_gone_on_with_in_other_shards(alone, runs):
     pytest.importorskip("deepspeed")
     arguments = (*METHODS["rloo"], *SMOKE, "stage.checkpoint_every=2", f"runs_dir={runs}", "name=crossing")

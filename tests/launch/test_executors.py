@@ -434,6 +434,7 @@ def test_an_artifact_that_fails_fails_what_needs_it_and_nothing_else(command_lin
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_pool_that_is_asked_to_stop_saves_and_the_same_command_continues(command_line, tmp_path):
     typed = ("-m", "debug=smoke", "algorithm=sft", "seed=0,1,2", "stage.epochs=60", "executor=pool")
     places = (f"runs_dir={tmp_path / 'runs'}", f"sweeps_dir={tmp_path / 'sweeps'}")

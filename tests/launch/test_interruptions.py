@@ -15,6 +15,7 @@ from rlhf_lab.launch.compose import ROOT, Plan
 from rlhf_lab.launch.execute import RunFailed, execute
 from rlhf_lab.run import Run, is_finished
 from rlhf_lab.stopping import SIGNALS, Stopped
+from tests.marking import at_release
 
 pytestmark = pytest.mark.slow
 
@@ -170,13 +171,8 @@ def check(name: str, typed: list[str], plan_of, smoke_runs: Path, monkeypatch: p
     return whole.directory
 
 
-# one of each kind of run, and what has a state of its own; what the others add is their loss
-KINDS_OF_METHODS = ("sft", "reward_model", "dpo_pop_dual", "ppo_lag", "ci_lag", "rloo", "rejection_sft", "ric_online")
-
-
-@pytest.mark.parametrize(
-    "method", [one if one in KINDS_OF_METHODS else pytest.param(one, marks=pytest.mark.long) for one in METHODS]
-)
+# one of each kind of run; what the others add is their loss
+@pytest.mark.parametrize("method", at_release(METHODS, unless=("sft", "reward_model", "ppo_lag", "ric_online")))
 def test_every_method_runs_and_continues_as_if_it_had_not_been_interrupted(
     method, plan_of, smoke_runs, without_reports, listening, monkeypatch
 ):
@@ -188,12 +184,12 @@ def test_every_method_runs_and_continues_as_if_it_had_not_been_interrupted(
         assert OFFLINE_CONTRACT - logged == set()
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", at_release(SETTINGS, unless=("two_costs", "average", "packed")))
 def test_what_has_a_state_of_its_own_continues_too(name, plan_of, smoke_runs, without_reports, listening, monkeypatch):
     check(name, SETTINGS[name], plan_of, smoke_runs, monkeypatch)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", at_release(KINDS, unless=("annotate", "judge_pairs", "score_table", "best_of_n")))
 def test_work_in_pieces_stops_between_two_and_continues_with_the_next(
     kind, plan_of, smoke_runs, without_reports, listening, monkeypatch
 ):

@@ -18,6 +18,7 @@ from rlhf_lab.launch.compose import ROOT
 from rlhf_lab.launch.job import FAILED, FINISHED, REFUSED, STOPPED
 from rlhf_lab.launch.processes import FIRST_PORT, PORTS, Place, per_node
 from tests.launch.test_job import SAVES_WHEN_ASKED
+from tests.marking import at_release
 
 SMOKE = ("debug=smoke",)
 METHODS = {"rloo": ("algorithm=rloo", "stage.steps=10", "stage.checkpoint_every=2")}
@@ -138,6 +139,7 @@ def test_two_processes_do_the_run_of_one(alone, runs):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_torchrun_may_start_the_processes(alone, runs):
     directory = alone("rloo")
     by = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3")
@@ -149,7 +151,7 @@ def test_torchrun_may_start_the_processes(alone, runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", at_release([0, 1], unless=[0]))
 def test_a_rank_that_is_killed_costs_no_more_than_the_steps_since_the_checkpoint(victim, alone, runs):
     directory, name = alone("rloo"), f"killed-{victim}"
     run = started(*METHODS["rloo"], *SMOKE, f"runs_dir={runs}", f"name={name}", "num_processes=2")
@@ -163,6 +165,7 @@ def test_a_rank_that_is_killed_costs_no_more_than_the_steps_since_the_checkpoint
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_request_to_stop_reaches_all_and_the_same_command_continues(alone, runs):
     directory = alone("rloo")
     arguments = (*METHODS["rloo"], *SMOKE, f"runs_dir={runs}", "name=stopped", "num_processes=2")

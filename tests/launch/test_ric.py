@@ -152,8 +152,13 @@ def test_every_trade_off_has_a_row_and_the_correlations_are_those_of_the_samples
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "calls"),
-    [("text_batch", 4), ("text_batch", 7), ("text_batch", 10), ("write_table", 10), ("write_table", 12)],
-    ids=["offline", "first iteration", "second iteration", "scoring", "generating"],
+    [
+        pytest.param("text_batch", 4, id="offline", marks=pytest.mark.long),
+        pytest.param("text_batch", 7, id="first iteration", marks=pytest.mark.long),
+        pytest.param("text_batch", 10, id="second iteration"),
+        pytest.param("write_table", 10, id="scoring", marks=pytest.mark.long),
+        pytest.param("write_table", 12, id="generating"),
+    ],
 )
 def test_a_run_that_was_stopped_continues_as_if_it_had_not_been(
     part, calls, whole, plan_of, smoke_runs, without_reports, monkeypatch
