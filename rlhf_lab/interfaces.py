@@ -229,8 +229,8 @@ class Engines(Protocol):
         """Refuse settings that the engine cannot apply, and models that it cannot read, before any are loaded."""
         ...
 
-    def engine(self, model: Any, template: Any, sampling: Any) -> RolloutEngine:
-        """An engine that samples from `model`."""
+    def engine(self, model: Any, template: Any, sampling: Any, critics: Any = None) -> RolloutEngine:
+        """An engine that samples from `model`; one that can leaves the values of critics on its trunk in rollouts."""
         ...
 
     def measured(

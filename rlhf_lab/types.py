@@ -113,6 +113,8 @@ class Rollout(Batch):
     logprobs: Tensor  # (B, T) of the sampled tokens, under the distribution they were sampled from; 0 where masked
     # (B, T), one, from an engine that is not the policy: `logprobs`, which are then the policy's, less the engine's
     log_ratio: tuple[Tensor, ...] = ()
+    # critic -> (B, T), of the states that the tokens were drawn from; from an engine that reads them on its way
+    values: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.responses)

@@ -79,8 +79,10 @@ class Decoder:
         self.cosines = cosines[0][:, None]  # (columns, 1, D)
         self.sines = torch.cat([-sines[0, :, : self.width // 2], sines[0, :, self.width // 2 :]], -1)[:, None]
 
-    def __call__(self, tokens: Tensor, positions: Tensor, mask: Tensor | None, store: InPlaceCache) -> Tensor:
-        """(n, V) logits after the tokens (n,) at their positions (n,), which are added to the cache.
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor | None, store: InPlaceCache
+    ) -> tuple[Tensor, Tensor]:
+        """(n, D) states and (n, V) logits after the tokens (n,) at their positions (n,), which are added to the cache.
 
         Args:
             mask: (n, columns in use and this one) bool, True where a row has a token; None: everywhere.
@@ -104,7 +106,8 @@ class Decoder:
             x = x + _linear(read.view(n, -1), layer.o)
             states = _normalised(x, layer.output_norm)
             x = x + _linear(layer.activation(_linear(states, layer.gate)) * _linear(states, layer.up), layer.down)
-        return _linear(_normalised(x, self.norm), self.head)
+        states = _normalised(x, self.norm)
+        return states, _linear(states, self.head)
 
     def _rotated(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         """(n, heads, D) queries or keys, turned by their positions."""
@@ -186,7 +189,7 @@ def _says_the_same(model: "PreTrainedModel") -> bool:
     try:
         store = InPlaceCache(before := read(width - 1)[0], rows, width)
         store.add(before, 1)
-        said = Decoder(model, width)(tokens[:, -1], positions[:, -1], there, store)
+        _, said = Decoder(model, width)(tokens[:, -1], positions[:, -1], there, store)
     except (AttributeError, RuntimeError, TypeError, ValueError):  # it is built otherwise after all
         return False
     own = read(width)[1]

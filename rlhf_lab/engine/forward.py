@@ -110,7 +110,7 @@ _plain: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def _has_plain_head(model: "PreTrainedModel") -> bool:
+def has_plain_head(model: "PreTrainedModel") -> bool:
     """Whether the logits are the output embeddings of the states and nothing more, such as a cap or a scale.
 
     Found by comparing them, to the bit, on the first call.
@@ -145,7 +145,7 @@ def _said(
     layout, mask = _lay_out(model, sequences), sequences.response_mask
     tokens = sequences.tokens[:, sequences.prompt_width :][mask]
     values: dict[str, Tensor] = {}
-    if _has_plain_head(model):
+    if has_plain_head(model):
         states = _states(model.base_model, layout).index_select(0, layout.before)
         logprobs, entropy = head_logprobs(
             model.get_output_embeddings(), states, tokens, temperature, entropies=entropies

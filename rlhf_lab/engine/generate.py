@@ -1,8 +1,9 @@
 """Sampling from a policy: prompts are read once and shared by their samples, finished responses leave the batch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -13,12 +14,16 @@ from rlhf_lab.data.tokenise import join, positions
 from rlhf_lab.engine import out_of_memory, ranks
 from rlhf_lab.engine.cache import GrowingCache, InPlaceCache, is_plain
 from rlhf_lab.engine.decoder import Decoder, decoder
+from rlhf_lab.engine.forward import has_plain_head
 from rlhf_lab.functional.sampled import draw, penalised, restricted
 from rlhf_lab.types import Count, Fraction, NonNegative, NonNegativeCount, Positive, PromptBatch, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from rlhf_lab.engine.models import Critics
+
+NO_VALUES: Mapping[str, Tensor] = MappingProxyType({})
 REFILL_AT = 0.25  # share of the batch that must be free before waiting prompts are read, which takes a step of its own
 LOOK_EVERY = 8  # steps between two questions to a GPU which rows have ended: it waits for the answer
 
@@ -88,12 +93,14 @@ def rollout_from(
     logprobs: Tensor,
     lengths: Tensor,
     finished: Tensor,
+    values: Mapping[str, Tensor] = NO_VALUES,
 ) -> Rollout:
     """What an engine drew, side by side with its prompts; columns that no response reaches are dropped.
 
     Args:
         tokens, logprobs: (B, T), on the CPU; row i is a sample of prompt i // samples, padding and 0 beyond its length.
         lengths, finished: (B,); a response keeps the stop that finished it.
+        values: critic -> (B, T), as `logprobs`.
     """
     width = int(lengths.max())
     tokens, logprobs = tokens[:, :width], logprobs[:, :width]
@@ -107,6 +114,7 @@ def rollout_from(
         finished=finished,
         responses=template.texts(said),
         logprobs=logprobs,
+        values={name: of[:, :width] for name, of in values.items()},
     )
 
 
@@ -116,13 +124,20 @@ class Generator:
     Prompts are read longest first, each once for all of its samples. A response that ends leaves the batch, and when
     enough have, the next prompts take their places.
 
+    Args:
+        critics: on the model's own trunk: the values of the states that tokens are drawn from go into the rollout, so
+            that nobody has to compute these states again. Without effect where logits are more than a product of them.
+
     Attributes:
         stops: the template's EOS and those of the model's generation_config.
         max_positions: what the model can address, prompt and response together.
     """
 
-    def __init__(self, model: "PreTrainedModel", template: Template, sampling: Sampling) -> None:
+    def __init__(
+        self, model: "PreTrainedModel", template: Template, sampling: Sampling, critics: "Critics | None" = None
+    ) -> None:
         self.model, self.template, self.sampling = model, template, sampling
+        self.critics = critics if critics is not None and has_plain_head(model) else None
         self.stops = torch.tensor(stop_tokens(model, template), device=model.device)
         self.max_positions = getattr(model.config, "max_position_embeddings", None)
 
@@ -150,7 +165,9 @@ class Generator:
         self._respond(prompts.tokens[mine], prompts.attention_mask[mine], samples, drawn)
         back = ranks.dealt(responses).view(-1).argsort()  # from the order of the ranks to that of the rows
         tokens, logprobs, lengths, finished = (ranks.gather_rows(x)[back] for x in drawn.responses())
-        return rollout_from(self.template, prompts, samples, tokens, logprobs, lengths, finished)
+        names = () if self.critics is None else self.critics.names
+        values = dict(zip(names, (ranks.gather_rows(x)[back] for x in drawn.values_of_responses()), strict=True))
+        return rollout_from(self.template, prompts, samples, tokens, logprobs, lengths, finished, values)
 
     def _respond(self, prompts: Tensor, mask: Tensor, samples: int, drawn: "Drawn") -> None:
         """Draw all responses to (n, P) prompts."""
@@ -187,21 +204,34 @@ class Drawn:
         self.uniform = nn.functional.pad(uniform, (0, self.look_every)).to(device)
         self.tokens = torch.full(self.uniform.shape, engine.template.pad, device=device)
         self.logprobs = torch.zeros(self.uniform.shape, device=device)
+        names = () if engine.critics is None else engine.critics.names
+        self.values = torch.zeros(*self.uniform.shape, len(names), device=device)
         self.cut = torch.full((len(uniform),), self.steps + 1, device=device)  # length of those that a text ended
 
     def responses(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(R, T) tokens and their log-probabilities, (R,) lengths, and (R,) whether it ended by itself."""
-        tokens, logprobs = self.tokens[:, : self.steps], self.logprobs[:, : self.steps]
-        places = torch.arange(1, self.steps + 1, device=tokens.device)
-        stopped = torch.isin(tokens, self.engine.stops)
-        ended = places.where(stopped, self.steps + 1).amin(1).minimum(self.cut)
-        inside = places <= ended[:, None]
+        ended = self._ended()
+        inside = self._places <= ended[:, None]
         return (
-            tokens.where(inside, self.engine.template.pad),
-            logprobs.where(inside, 0),
+            self.tokens[:, : self.steps].where(inside, self.engine.template.pad),
+            self.logprobs[:, : self.steps].where(inside, 0),
             ended.clamp(max=self.steps),
             ended <= self.steps,
         )
+
+    def values_of_responses(self) -> list[Tensor]:
+        """(R, T) of each critic, 0 beyond a response's end."""
+        inside = self._places <= self._ended()[:, None]
+        return [of.where(inside, 0) for of in self.values[:, : self.steps].unbind(-1)]
+
+    @property
+    def _places(self) -> Tensor:
+        return torch.arange(1, self.steps + 1, device=self.tokens.device)
+
+    def _ended(self) -> Tensor:
+        """(R,) length with the stop that ended it; one more than there may be for those that nothing has."""
+        stopped = torch.isin(self.tokens[:, : self.steps], self.engine.stops)
+        return self._places.where(stopped, self.steps + 1).amin(1).minimum(self.cut)
 
 
 class Flight:
@@ -229,6 +259,7 @@ class Flight:
         self.start = none  # (n,) column of the first token of the prompt
         self.ended = none.bool()
         self.logits = torch.zeros(0, len(self.is_stop), device=self.device)
+        self.values = self.drawn.values[0, :0]  # (n, K) of the states that the logits are of
         self.seen = none.bool().view(0, len(self.is_stop))  # (n, V) tokens so far, for the repetition penalty
         self.steps = 0
 
@@ -241,14 +272,7 @@ class Flight:
         used = int(mask[chosen].any(0).nonzero()[0])  # columns that are padding in every row
         tokens, mask = prompts[chosen, used:].to(self.device), mask[chosen, used:].to(self.device)
         read = transformers.DynamicCache(config=self.engine.model.config)
-        logits = self.engine.model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions(mask),
-            past_key_values=read,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        values, logits = self._read(tokens, mask, positions(mask), read)
         width, sampling = tokens.shape[1], self.engine.sampling
         if self.store is None:
             room = sampling.max_new_tokens + self.drawn.look_every
@@ -265,6 +289,7 @@ class Flight:
         self.start = torch.cat([self.start, start])
         self.ended = torch.cat([self.ended, torch.zeros_like(new, dtype=torch.bool)])
         self.logits = torch.cat([self.logits, logits.repeat_interleave(self.samples, 0)])
+        self.values = torch.cat([self.values, values.repeat_interleave(self.samples, 0)])
         if sampling.repetition_penalty != 1:
             seen = torch.zeros(len(tokens), self.seen.shape[1], dtype=torch.bool, device=self.device)
             rows, columns = mask.nonzero(as_tuple=True)
@@ -281,6 +306,8 @@ class Flight:
         tokens = logprobs.argmax(-1) if greedy else draw(logprobs, drawn.uniform[self.response, self.count])
         drawn.tokens[self.response, self.count] = tokens
         drawn.logprobs[self.response, self.count] = logprobs.gather(1, tokens[:, None])[:, 0]
+        if self.engine.critics is not None:
+            drawn.values[self.response, self.count] = self.values
         self.count += 1
         self.ended |= self.is_stop[tokens]
         self.steps += 1
@@ -302,16 +329,28 @@ class Flight:
             attention = torch.arange(self.store.begin, end + 1, device=self.device) >= self.start[:, None]
         positions = end - self.start
         if self.decoder is not None and isinstance(self.store, InPlaceCache):
-            self.logits = self.decoder(tokens, positions, attention, self.store)
+            states, self.logits = self.decoder(tokens, positions, attention, self.store)
+            self.values = self._valued(states)
             return
-        self.logits = self.engine.model(
-            input_ids=tokens[:, None],
-            attention_mask=attention,
-            position_ids=positions[:, None],
-            past_key_values=self.store.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        self.values, self.logits = self._read(tokens[:, None], attention, positions[:, None], self.store.cache)
+
+    def _read(
+        self, tokens: Tensor, mask: Tensor | None, positions: Tensor, cache: transformers.Cache
+    ) -> tuple[Tensor, Tensor]:
+        """(n, K) values and (n, V) logits after the last of (n, T) tokens, which are added to the cache."""
+        model = self.engine.model
+        inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+        inputs |= {"past_key_values": cache, "use_cache": True}
+        if self.engine.critics is None:
+            logits = model(**inputs, logits_to_keep=1).logits[:, -1]
+            return self._valued(logits), logits
+        states = model.base_model(**inputs).last_hidden_state[:, -1]
+        return self._valued(states), cast(nn.Module, model.get_output_embeddings())(states)
+
+    def _valued(self, states: Tensor) -> Tensor:
+        """(n, K) of (n, D); K = 0 without critics, which read nothing."""
+        critics = self.engine.critics
+        return states.new_empty(len(states), 0) if critics is None else critics.heads(states).float()
 
     def _processed(self) -> Tensor:
         """(n, V) logits of the distribution that is sampled."""
@@ -345,7 +384,7 @@ class Flight:
         order[~alive[:left]] = alive[left:].nonzero()[:, 0] + left
         self.response, self.count, self.start = self.response[order], self.count[order], self.start[order]
         self.ended, tokens = self.ended[order], tokens[order]
-        self.logits = self.logits[:0]
+        self.logits, self.values = self.logits[:0], self.values[:0]
         if self.engine.sampling.repetition_penalty != 1:
             self.seen = self.seen[order]
         self.store.keep(order, int(self.start.min()) if left else self.store.end)

@@ -13,7 +13,7 @@ from rlhf_lab.engine.continuous_batching import ContinuousBatcher
 from rlhf_lab.engine.distribution import through
 from rlhf_lab.engine.forward import policy_logprobs
 from rlhf_lab.engine.generate import Generator, Sampling
-from rlhf_lab.engine.models import Hardware, ModelPaths
+from rlhf_lab.engine.models import Critics, Hardware, ModelPaths
 from rlhf_lab.engine.prefixes import shares_prefixes
 from rlhf_lab.engine.score import by_length
 from rlhf_lab.engine.vllm import VLLMEngine, Worker, check_python, environment, shared
@@ -45,9 +45,11 @@ class BuiltIn:
     def check(self, sampling: Sampling, model: ModelPaths, hardware: Hardware) -> None:
         """It can do everything."""
 
-    def engine(self, model: "PreTrainedModel", template: Template, sampling: Sampling) -> RolloutEngine:
-        """An engine that samples from `model`."""
-        return Generator(model, template, sampling)
+    def engine(
+        self, model: "PreTrainedModel", template: Template, sampling: Sampling, critics: Critics | None = None
+    ) -> RolloutEngine:
+        """An engine that samples from `model` and reads its critics on the way."""
+        return Generator(model, template, sampling, critics)
 
     def measured(
         self, rollout: Rollout, policy: "PreTrainedModel", temperature: float, tokens_at_once: int
@@ -143,8 +145,10 @@ class ContinuousBatching(Foreign):
         }
         self.refuse("continuous_batching", wrong, model, hardware)
 
-    def engine(self, model: "PreTrainedModel", template: Template, sampling: Sampling) -> RolloutEngine:
-        """An engine that samples from `model`."""
+    def engine(
+        self, model: "PreTrainedModel", template: Template, sampling: Sampling, critics: Critics | None = None
+    ) -> RolloutEngine:
+        """An engine that samples from `model`; its states stay with it, so critics have to read them again."""
         return ContinuousBatcher(
             model,
             template,
@@ -184,8 +188,10 @@ class VLLM(Foreign):
         self.refuse("vllm", wrong, model, hardware)
         check_python(self.python)
 
-    def engine(self, model: "PreTrainedModel", template: Template, sampling: Sampling) -> RolloutEngine:
-        """An engine that samples from `model`."""
+    def engine(
+        self, model: "PreTrainedModel", template: Template, sampling: Sampling, critics: Critics | None = None
+    ) -> RolloutEngine:
+        """An engine that samples from `model`; its states stay with it, so critics have to read them again."""
 
         def worker() -> Worker:
             options = {

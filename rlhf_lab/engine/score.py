@@ -138,19 +138,21 @@ class Scorer:
         self.rewards, self.reference, self.critics = dict(rewards), reference, critics
         self.temperature, self.tokens_at_once = temperature, tokens_at_once
 
-    @property
-    def num_models(self) -> int:
+    def num_models(self, rollout: Rollout) -> int:
         """How many models read each response; a source that has none, such as a gold measure, counts as none."""
-        own = 1 if self.critics is None else 2
+        own = 1 if self.critics is None or rollout.values else 2
         return own + sum(getattr(source, "num_models", 0) for source in self.rewards.values())
 
     @torch.no_grad()
     def score(self, rollout: Rollout) -> ScoredRollout:
-        """Scores by name, the reference's log-probabilities at the sampling temperature, and the critics' values."""
+        """Scores by name, the reference's log-probabilities at the sampling temperature, and the critics' values.
+
+        Values that the rollout brought along are taken as they are.
+        """
         sequences, critics = rollout.sequences, self.critics
         device, budget = self.reference.device, self.tokens_at_once
-        values: dict[str, Tensor] = {}
-        if critics is not None:
+        values = rollout.values
+        if critics is not None and not values:
             stacked = by_length(
                 sequences,
                 budget,

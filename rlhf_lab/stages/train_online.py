@@ -243,7 +243,7 @@ class TrainOnline:
         metrics |= mismatch | _named(learnt) | rollout_metrics(scored, gold, self.limits, self.algorithm.streams[0])
         return metrics, {
             "rollout": int(scored.response_mask.sum()),
-            "scoring": int(rollout.sequences.lengths.sum()) * parts.scorer.num_models,
+            "scoring": int(rollout.sequences.lengths.sum()) * parts.scorer.num_models(rollout),
             "update": sum(int(part.batch.lengths.sum()) for part in losses) * parts.learner.epochs,
         }
 
@@ -350,6 +350,9 @@ class TrainOnline:
             self._share_prefixes(run, policy, scorer)
         self._share_weights(run, policy, critics, scorer)
         gold = {name: Gold(measure) for name, measure in self.dataset.gold.items()}
+        # in shards their weights are not here while the policy's are
+        on_trunk = critics is not None and critics.shares_trunk and self.hardware.distribution == "ddp"
+        read_on_the_way = critics if on_trunk else None
         return Parts(
             template=template,
             policy=policy,
@@ -357,7 +360,9 @@ class TrainOnline:
             prompts=prompts,
             demonstrations=demonstrations,
             distribution=distribution,
-            engine=distribution.engine(policy, partial(self.rollout.engine, template=template, sampling=self.sampling)),
+            engine=distribution.engine(
+                policy, partial(self.rollout.engine, template=template, sampling=self.sampling, critics=read_on_the_way)
+            ),
             scorer=scorer,
             learner=learner,
             gold=gold,

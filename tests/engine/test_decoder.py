@@ -68,7 +68,7 @@ def steps(model: Any, padding: int) -> tuple[torch.Tensor, torch.Tensor]:
     said = []
     for column in range(WIDTH, WIDTH + STEPS):
         seen = mask[:, : column + 1] if padding else None
-        said.append(decode(tokens[:, column], positions[:, column], seen, store))
+        said.append(decode(tokens[:, column], positions[:, column], seen, store)[1])
     whole = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits
     return torch.stack(said, 1), whole[:, WIDTH:]
 

@@ -22,7 +22,7 @@ from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine.forward import policy_forward
 from rlhf_lab.engine.generate import Flight, Generator, Sampling
-from rlhf_lab.engine.models import load_policy, load_tokenizer
+from rlhf_lab.engine.models import load_policy, load_tokenizer, shared_critics
 from rlhf_lab.functional.sampled import draw, penalised, restricted
 from rlhf_lab.records import Prompt
 from rlhf_lab.types import PromptBatch, Rollout
@@ -100,6 +100,34 @@ def test_recorded_logprobs_are_the_learners_so_that_the_first_ratio_is_one(
     assert_close(rollout.logprobs, learner, atol=1e-4, rtol=0)
     assert (rollout.logprobs[rollout.sequences.response_mask] < 0).all()
     assert (rollout.logprobs[~rollout.sequences.response_mask] == 0).all()
+
+
+@pytest.mark.parametrize("batch_size", [6, 256])
+def test_values_on_the_way_are_what_the_heads_say_of_each_state_alone(
+    architecture: str, batch_size: int, hf_folder: Folder
+):
+    model, template = policy_and_template(hf_folder(architecture), stops=40)
+    critics = shared_critics(model, ("reward", "cost"))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        critics.heads.weight.normal_()
+        critics.heads.bias.normal_()
+    settings = sampling(batch_size=batch_size)
+    rollout = Generator(model, template, settings, critics).generate(prompts_of(template), 3, seed=4)
+    without = Generator(model, template, settings).generate(prompts_of(template), 3, seed=4)
+    assert without.values == {}
+    assert torch.equal(rollout.sequences.tokens, without.sequences.tokens)
+    assert list(rollout.values) == ["reward", "cost"]
+    sequences = rollout.sequences
+    for i in range(len(rollout)):
+        row = sequences.tokens[i, sequences.attention_mask[i]]
+        said = tokens_of(rollout, i)
+        with torch.no_grad():
+            states = model.base_model(input_ids=row[None]).last_hidden_state[0, -len(said) - 1 : -1]
+        for k, name in enumerate(("reward", "cost")):
+            expected = states @ critics.heads.weight[k] + critics.heads.bias[k]
+            assert_close(rollout.values[name][i, : len(said)], expected, atol=1e-4, rtol=1e-4)
+            assert (rollout.values[name][i, len(said) :] == 0).all()
 
 
 def test_draw_follows_the_distribution():

@@ -1,6 +1,7 @@
 """Microbatches, the order of rows, and the Scorer as a whole."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,7 +12,7 @@ from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine.forward import critic_values, policy_forward
 from rlhf_lab.engine.generate import Generator, Sampling
-from rlhf_lab.engine.models import load_critics, load_frozen, load_policy, load_tokenizer
+from rlhf_lab.engine.models import load_critics, load_frozen, load_policy, load_tokenizer, shared_critics
 from rlhf_lab.engine.score import Scorer, by_length, microbatches
 from rlhf_lab.records import Prompt
 from rlhf_lab.rewards.gold import Gold
@@ -88,3 +89,27 @@ def test_scorer_measures_everything_at_the_sampling_temperature(hf_folder: Calla
     assert not scored.ref_logprobs.requires_grad
     assert_close(scored.ref_logprobs, rollout.logprobs, atol=1e-4, rtol=0)  # one model, so their KL is 0
     assert scorer(40, with_critics=False).score(rollout).values == {}
+
+
+def test_values_that_a_rollout_brought_along_are_taken_and_critics_not_asked(
+    hf_folder: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+):
+    folder = hf_folder("llama")
+    template = Template(load_tokenizer(folder), "auto")
+    policy = load_policy(folder, device=CPU, dtype="float32", seed=0)
+    critics = shared_critics(policy, ("reward",))
+    torch.nn.init.normal_(critics.heads.weight)
+    prompts = prompt_batch(template, [Prompt.from_text(text) for text in ("a joke", "is it safe ?", "bread")])
+    sampling = Sampling(max_new_tokens=8, min_new_tokens=0, temperature=1.0, top_k=0, top_p=1.0, batch_size=8)
+    rollout = Generator(policy, template, sampling, critics).generate(prompts, 2, seed=0)
+    scorer = Scorer(
+        rewards={}, reference=load_frozen(folder, device=CPU, dtype="float32", seed=0), critics=critics,
+        temperature=1.0, tokens_at_once=1000,
+    )  # fmt: skip
+    asked = scorer.score(replace(rollout, values={}))
+    assert scorer.num_models(replace(rollout, values={})) == 2
+    monkeypatch.setattr("rlhf_lab.engine.score.critic_values", None)
+    taken = scorer.score(rollout)
+    assert scorer.num_models(rollout) == 1
+    assert asked.values["reward"].abs().max() > 0.1
+    assert_close(taken.values, asked.values, atol=1e-4, rtol=1e-4)
