@@ -11,8 +11,11 @@ import torch
 import transformers
 from torch.testing import assert_close
 
+from rlhf_lab.data.templates import Template
+from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine.backbone import AdapterView, Lora
 from rlhf_lab.engine.forward import critic_values, policy_forward, raw_outputs
+from rlhf_lab.engine.generate import Generator, Sampling
 from rlhf_lab.engine.learner import Learner, Part
 from rlhf_lab.engine.models import (
     Adapters,
@@ -31,6 +34,7 @@ from rlhf_lab.engine.models import (
     shared_critics,
 )
 from rlhf_lab.engine.prefixes import share_prefixes, shares_prefixes
+from rlhf_lab.records import Prompt
 from rlhf_lab.types import Sequences, Term, TextBatch
 
 CPU = torch.device("cpu")
@@ -391,6 +395,22 @@ def test_a_base_in_bfloat16_has_adapters_and_heads_that_learn_in_float32(hf_fold
     (said.logprobs.sum() + said.values["cost"].sum() + values.sum() + scores.sum()).backward()
     for module in (policy, critics, on_policy, scorer):
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+
+
+def test_critics_on_an_adapters_trunk_are_read_while_it_samples(hf_folder: Folder):
+    folder = hf_folder("llama")
+    policy = load_policy(folder, adapters=adapters(), **OPTIONS)
+    disturb(policy, 1)
+    critics = shared_critics(policy, ("reward",))
+    disturb(critics, 2)
+    template = Template(load_tokenizer(folder), "auto")
+    prompts = prompt_batch(template, [Prompt.from_text(text) for text in ("a joke", "is it safe ?")])
+    sampling = Sampling(max_new_tokens=8, min_new_tokens=0, temperature=1.0, top_k=0, top_p=1.0, batch_size=8)
+    rollout = Generator(policy, template, sampling, critics).generate(prompts, 2, seed=0)
+    with torch.no_grad():
+        asked = critic_values(critics, rollout.sequences)
+    assert asked["reward"].abs().max() > 0.1
+    assert_close(rollout.values, asked, atol=1e-4, rtol=1e-4)
 
 
 def test_rows_behind_one_prompt_say_the_same_on_a_shared_base(hf_folder: Folder, ragged: Ragged):
