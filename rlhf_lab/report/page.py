@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rlhf_lab.report.canvas import DARK, LIGHT, Panel, in_words, png
 from rlhf_lab.report.data_tables import DataTable, data_tables
 from rlhf_lab.report.figures import FIGURES, OVERVIEW, FigureSpec
+from rlhf_lab.report.headline import verdict
 from rlhf_lab.report.run import Run, Sample, read_run
 from rlhf_lab.report.summary import (
     comparisons,
@@ -26,7 +27,6 @@ from rlhf_lab.report.summary import (
     signed,
     tables,
     timings,
-    verdict,
 )
 
 LONGEST_TEXT = 4000  # characters of a prompt or response on the page; the whole is in samples/

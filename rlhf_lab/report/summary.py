@@ -1,4 +1,4 @@
-"""What a run amounts to, in numbers and words: verdict, before and after, prompts to look at, where time went."""
+"""What a run amounts to, in numbers and words: before and after, prompts to look at, where time went."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlhf_lab.report.plots import evaluated, metric_label
-from rlhf_lab.report.run import Run, Sample, same_stream
+from rlhf_lab.report.run import Run, Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,62 +132,12 @@ def estimate(run: Run, split: str, metric: str, step: int) -> Estimate:
     return Estimate(mean=evaluated(run, split, metric).at(step), ci=run.series(f"eval/{split}/{metric}/ci95").at(step))
 
 
-def verdict(run: Run) -> str:
-    """One line that says what came of the run, from held-out prompts where there are any."""
-    said = "; ".join([*gold_verdict(run), *cost_verdicts(run)] or learning_verdict(run))
-    return said[:1].upper() + said[1:] if said else "No evaluation on held-out prompts was recorded"
-
-
-def gold_verdict(run: Run) -> list[str]:
-    if run.headline_gold is None:
-        return []
-    for split in run.splits[:1]:
-        return [movement(run, split, f"gold/{run.headline_gold}", f"gold {run.headline_gold} on held-out prompts")]
-    return []
-
-
-def cost_verdicts(run: Run) -> list[str]:
-    said = []
-    for split in run.splits[:1]:
-        for name in run.gold_costs:
-            line = movement(run, split, f"gold/{name}", f"gold {name}")
-            limits = [(cost, run.limit(cost)) for cost in run.costs if same_stream(cost, name) or len(run.costs) == 1]
-            last = table(run, split).steps[-1]
-            for _, limit in limits[:1]:
-                if math.isfinite(limit):
-                    line += f", limit {short(limit)}: {judged(estimate(run, split, f'gold/{name}', last), limit)}"
-            said.append(line)
-    return said
-
-
 def judged(cost: Estimate, limit: float) -> str:
     """Whether a cost keeps its limit, and whether its interval agrees."""
     if not math.isfinite(cost.mean):
         return "unknown"
     side = "met" if cost.mean <= limit else "exceeded"
     return f"{side}, within the error" if abs(cost.mean - limit) < cost.ci else side
-
-
-def learning_verdict(run: Run) -> list[str]:
-    """For runs without gold scores: held-out accuracy and loss, or how well a policy obtains what it is asked for."""
-    for split in run.splits[:1]:
-        held = [name.removeprefix(f"eval/{split}/") for name in run.names if name.startswith(f"eval/{split}/")]
-        metrics = dict.fromkeys(name.removesuffix("/mean") for name in held if not name.endswith("/ci95"))
-        telling = sorted(
-            (
-                name
-                for name in metrics
-                if "accuracy" in name or name.startswith("loss") or name.endswith("/correlation")
-            ),
-            key=lambda name: "accuracy" not in name,
-        )
-        return [movement(run, split, name, f"{metric_label(name)} on held-out {split}") for name in telling[:2]]
-    return []
-
-
-def movement(run: Run, split: str, metric: str, label: str) -> str:
-    steps = table(run, split).steps
-    return f"{label} " + " → ".join(str(estimate(run, split, metric, step)) for step in steps)
 
 
 def short(value: float) -> str:
