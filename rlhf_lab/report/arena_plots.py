@@ -150,7 +150,7 @@ def win_rates(run: Run) -> list[Panel]:
         else:
             shown = [name for name in run_order(names, logged) if name in names][:MOST_IN_MATRIX]
             panels += [_matrix(logged, split, criterion, shown) for criterion in criteria]
-    return panels[:6]
+    return panels[: 3 * SPLITS]
 
 
 def run_order(names: Sequence[str], logged: Mapping[str, float]) -> list[str]:
@@ -187,7 +187,7 @@ def _matrix(logged: Mapping[str, float], split: str, criterion: str, names: Sequ
                 continue
             places.append((j, len(names) - 1 - i))
             shares.append(share)
-            texts.append(f"{share:.0%}\n[{low:.0%}, {high:.0%}]")
+            texts.append(f"{share:.0%}\n[{100 * low:.0f}, {100 * high:.0f}]")
     return Panel(
         title=f"Wins by {criterion} ({split})",
         x_label="against",
