@@ -148,7 +148,7 @@ def work_here(case: Case, folder: Path, steps: int) -> None:
     from rlhf_lab.data.templates import Template
     from rlhf_lab.engine.accounting import Account
     from rlhf_lab.engine.distribution import Distribution
-    from rlhf_lab.engine.generate import Generator, Sampling
+    from rlhf_lab.engine.generate import Sampling
     from rlhf_lab.engine.learner import Learner
     from rlhf_lab.engine.models import (
         Hardware,
@@ -215,7 +215,8 @@ def work_here(case: Case, folder: Path, steps: int) -> None:
     parts = Parts(
         template=template, policy=policy, critics=critics,
         prompts=[Prompt.from_text(text) for text in prompts_of(case, steps)], demonstrations=[],
-        distribution=distribution, engine=Generator(policy, template, sampling),
+        distribution=distribution,
+        engine=BuiltIn().engine(policy, template, sampling, critics if case.shared_critic else None),
         scorer=Scorer(rewards=sources, reference=reference, critics=critics, temperature=1.0, tokens_at_once=8192),
         learner=learner(modules=modules, total_updates=steps, distribution=distribution), gold={}, evaluator=unread,
     )  # fmt: skip
