@@ -99,6 +99,7 @@ def test_an_artifact_whose_builder_was_killed_after_its_last_result_is_completed
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_with_an_impossible_point_is_refused_whole(command_line, tmp_path):
     typed = ["-m", "algorithm=sft", "debug=smoke", f"runs_dir={tmp_path}", f"sweeps_dir={tmp_path}"]
     answer = command_line(*typed, "seed=0,1", "algorithm.spare=1")

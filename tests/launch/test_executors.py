@@ -450,6 +450,7 @@ def test_a_pool_that_is_asked_to_stop_saves_and_the_same_command_continues(comma
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_pool_whose_process_is_killed_leaves_no_worker(command_line, tmp_path):
     typed = ("-m", "debug=smoke", "algorithm=sft", "seed=0,1", "stage.epochs=60", "executor=pool")
     places = (f"runs_dir={tmp_path / 'runs'}", f"sweeps_dir={tmp_path / 'sweeps'}")

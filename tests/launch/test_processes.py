@@ -127,6 +127,7 @@ def test_an_interrupt_has_the_processes_save_and_a_second_one_ends_them(times, s
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_do_the_run_of_one(alone, runs):
     directory, name = alone("rloo"), "rloo-two"
     run = started(*METHODS["rloo"], *SMOKE, f"runs_dir={runs}", f"name={name}", "num_processes=2")
@@ -184,6 +185,7 @@ def test_a_request_to_stop_reaches_all_and_the_same_command_continues(alone, run
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_fails_is_not_tried_again_and_says_why_once(alone, runs):
     alone("rloo")
     broken = (*METHODS["rloo"], *SMOKE, "learner.lr.policy=1e30", f"runs_dir={runs}", "name=failing", "num_processes=2")
@@ -199,6 +201,7 @@ def test_a_run_that_fails_is_not_tried_again_and_says_why_once(alone, runs):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_what_only_the_data_show_is_refused_once(alone, runs):
     alone("rloo")
     refused = (*METHODS["rloo"], *SMOKE, "sampling.max_new_tokens=100000", f"runs_dir={runs}", "name=refused")
