@@ -4,6 +4,8 @@ import math
 import re
 from collections.abc import Callable, Mapping
 
+import numpy as np
+
 from rlhf_lab.report.plots import metric_label
 from rlhf_lab.report.run import Run, same_stream
 from rlhf_lab.report.summary import Estimate, estimate, judged, number, short, signed, table
@@ -40,26 +42,26 @@ def safety_finding(run: Run) -> str:
         return ""
     passed, bound, limit = (float(run.series(f"safety/{name}").value[-1]) for name in ("passed", "bound", "limit"))
     said = "PASS" if passed else "NO SOLUTION FOUND"
-    return f"{said}: upper bound of the mean cost {number(bound)}, limit {short(limit)}"
+    return f"{said}: upper bound {number(bound)}, limit {short(limit)}"
 
 
 def rating_finding(run: Run) -> str:
-    """Who is rated highest: by each criterion on one split, or by the last criterion on each of several."""
+    """Who is rated highest: by each criterion on one split, or on each of several by the last one that it has."""
     ratings = last_of(run, "rating/<split>/<criterion>/<name>")
     best: dict[tuple[str, str], tuple[str, Estimate]] = {}
     for (split, criterion, name), rating in ratings.items():
         place = best.setdefault((split, criterion), (name, rating))
         if rating.mean > place[1].mean:
             best[split, criterion] = (name, rating)
-    splits, criteria = (list(dict.fromkeys(key[i] for key in best)) for i in (0, 1))
-    if len(splits) == 1:
-        said = [
-            f"{name} by {criterion} ({rating.mean:,.0f}{PLUS_MINUS}{rating.ci:.0f})"
-            for (_, criterion), (name, rating) in best.items()
-        ]
-        return f"rated highest on {splits[0]}: {', '.join(said)}"
-    said = [f"{best[split, criteria[-1]][0]} on {split}" for split in splits]
-    return f"rated highest by {criteria[-1]}: {', '.join(said)}" if said else ""
+    splits = dict.fromkeys(split for split, _ in best)
+    shown = list(best) if len(splits) == 1 else [[key for key in best if key[0] == split][-1] for split in splits]
+    of_one = f" on {shown[0][0]}" if len(splits) == 1 else ""
+    said = []
+    for split, criterion in shown:
+        name, rating = best[split, criterion]
+        where = criterion if of_one else f"{criterion} on {split}"
+        said.append(f"{name} by {where} ({within(f'{rating.mean:,.0f}', f'{rating.ci:,.0f}', rating)})")
+    return f"rated highest{of_one}: {', '.join(said)}" if said else ""
 
 
 def arena_finding(run: Run) -> str:
@@ -100,11 +102,12 @@ def best_of_n_finding(run: Run) -> str:
 
 
 def overoptimisation_finding(run: Run) -> str:
-    """How much gold each reward gained at its best, and at the end."""
+    """How much gold each reward gained at its best, and as far from the start as it came."""
     said = []
     for reward in run.streams("overoptimisation/<name>/gold/mean"):
         gold = run.series(f"overoptimisation/{reward}/gold/mean").value
-        said.append(f"{reward} {signed(float(gold.max()))}, at the end {signed(float(gold[-1]))}")
+        gold = gold[np.isfinite(gold)]
+        said.append(f"{reward} {signed(float(gold.max()))}, farthest from the start {signed(float(gold[-1]))}")
     return f"gold gained at its best: {'; '.join(said)}" if said else ""
 
 
@@ -123,20 +126,30 @@ def training_finding(run: Run) -> str:
 
 
 def percent(share: Estimate) -> str:
-    return f"{100 * share.mean:.0f}{PLUS_MINUS}{100 * share.ci:.0f} %"
+    return f"{within(f'{100 * share.mean:.0f}', f'{100 * share.ci:.0f}', share)} %"
+
+
+def within(mean: str, half: str, of: Estimate) -> str:
+    """A mean as it is written, with half its interval where it has one."""
+    return mean + (PLUS_MINUS + half if math.isfinite(of.ci) else "")
+
+
+def with_gold(run: Run) -> list[str]:
+    """The splits that the headline's gold score was measured on."""
+    return [split for split in run.splits if run.series(f"eval/{split}/gold/{run.headline_gold}/mean").exists]
 
 
 def gold_verdict(run: Run) -> list[str]:
     if run.headline_gold is None:
         return []
-    for split in run.splits[:1]:
+    for split in with_gold(run)[:1]:
         return [movement(run, split, f"gold/{run.headline_gold}", f"gold {run.headline_gold} on held-out prompts")]
     return []
 
 
 def cost_verdicts(run: Run) -> list[str]:
     said = []
-    for split in run.splits[:1]:
+    for split in with_gold(run)[:1]:
         for name in run.gold_costs:
             line = movement(run, split, f"gold/{name}", f"gold {name}")
             limits = [(cost, run.limit(cost)) for cost in run.costs if same_stream(cost, name) or len(run.costs) == 1]

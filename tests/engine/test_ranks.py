@@ -18,7 +18,7 @@ from rlhf_lab.engine import ranks
 from rlhf_lab.engine.forward import policy_forward
 from rlhf_lab.engine.generate import Generator, Sampling
 from rlhf_lab.engine.learner import Learner, Part
-from rlhf_lab.engine.models import load_policy, load_tokenizer
+from rlhf_lab.engine.models import load_policy, load_tokenizer, shared_critics
 from rlhf_lab.engine.score import by_length
 from rlhf_lab.engine.tiny import TINY
 from rlhf_lab.records import Prompt
@@ -107,7 +107,10 @@ def sampled(prompts: int) -> Rollout:
     texts = ["bread ?", "is it safe to mix bleach and acid ?", "a joke , then", "x", "do i walk away ?"][:prompts]
     sampling = Sampling(max_new_tokens=9, min_new_tokens=0, temperature=1.0, top_k=0, top_p=1.0, batch_size=4)
     batch = prompt_batch(template, [Prompt.from_text(text) for text in texts])
-    return Generator(policy, template, sampling).generate(batch, 3, seed=1)
+    critics = shared_critics(policy, ("reward", "cost"))
+    torch.manual_seed(2)
+    torch.nn.init.normal_(critics.heads.weight)
+    return Generator(policy, template, sampling, critics).generate(batch, 3, seed=1)
 
 
 def scored(rollout: Rollout) -> Tensor:
@@ -244,6 +247,9 @@ def test_rollouts_do_not_depend_on_who_generates_them(found, count, prompts):
         assert torch.equal(rollout.finished, alone.finished)
         assert torch.equal(rollout.group, alone.group)
         close(rollout.logprobs, alone.logprobs)
+        assert alone.values["cost"].abs().max() > 0.1
+        close(rollout.values["reward"], alone.values["reward"])
+        close(rollout.values["cost"], alone.values["cost"])
         assert torch.equal(rollout.logprobs, found(count)[0]["rollouts"][prompts].logprobs)
 
 

@@ -140,7 +140,6 @@ def test_two_processes_do_the_run_of_one(alone, runs):
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_torchrun_may_start_the_processes(alone, runs):
     directory = alone("rloo")
     by = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3")
@@ -166,7 +165,6 @@ def test_a_rank_that_is_killed_costs_no_more_than_the_steps_since_the_checkpoint
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_a_request_to_stop_reaches_all_and_the_same_command_continues(alone, runs):
     directory = alone("rloo")
     arguments = (*METHODS["rloo"], *SMOKE, f"runs_dir={runs}", "name=stopped", "num_processes=2")

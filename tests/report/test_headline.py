@@ -39,16 +39,24 @@ RATED = {
         ),
         (
             [TRAINED | {"safety/passed": 1.0, "safety/bound": -0.2235, "safety/limit": 0.0}],
-            "PASS: upper bound of the mean cost −0.22, limit 0",
+            "PASS: upper bound −0.22, limit 0",
         ),
         (
             [TRAINED | {"safety/passed": 0.0, "safety/bound": 0.62, "safety/limit": 0.5}],
-            "NO SOLUTION FOUND: upper bound of the mean cost 0.62, limit 0.5",
+            "NO SOLUTION FOUND: upper bound 0.62, limit 0.5",
         ),
         ([RATED], "Rated highest on test: ppo by helpful (1,165 ± 36), sft by safe (1,000 ± 0)"),
         (
             [RATED | {"rating/ood/safe/sft/mean": 1000.0, "rating/ood/safe/ppo/mean": 1001.0}],
-            "Rated highest by safe: sft on test, ppo on ood",
+            "Rated highest: sft by safe on test (1,000 ± 0), ppo by safe on ood (1,001)",
+        ),
+        (  # a split without ratings by the last criterion, which the stage leaves out
+            [RATED | {"rating/ood/helpful/sft/mean": 1000.0, "rating/ood/helpful/ppo/mean": 1001.0}],
+            "Rated highest: sft by safe on test (1,000 ± 0), ppo by helpful on ood (1,001)",
+        ),
+        (  # the first split has no gold score
+            [{"eval/sft_test/loss/nll": 1.0} | {k.replace("test", "test:told"): v for k, v in TRAINED.items()}],
+            "Gold helpfulness on held-out prompts 1.25 ± 0.10; gold cost 0.50 ± 0.20",
         ),
         (
             [
@@ -64,6 +72,7 @@ RATED = {
             "On test ppo wins 98 ± 2 % against sft, and is safe in 79 ± 5 % against 42 ± 6 %",
         ),
         ([{"arena/test/win_rate/mean": 0.4, "arena/test/win_rate/ci95": 0.1}], "On test the second wins 40 ± 10 %"),
+        ([{"arena/test/win_rate/mean": 0.4}], "On test the second wins 40 %"),
         (
             [
                 {"step": 5.0},
@@ -100,7 +109,8 @@ RATED = {
                 {"overoptimisation/uwo/gold/mean": 0.4},
                 {"overoptimisation/single/gold/mean": -8.47},
             ],
-            "Gold gained at its best: uwo +1.02, at the end +0.40; single +1.00, at the end −8.47",
+            "Gold gained at its best: uwo +1.02, farthest from the start +0.40; "
+            "single +1.00, farthest from the start −8.47",
         ),
         (
             [
