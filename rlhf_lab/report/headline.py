@@ -134,23 +134,23 @@ def within(mean: str, half: str, of: Estimate) -> str:
     return mean + (PLUS_MINUS + half if math.isfinite(of.ci) else "")
 
 
-def with_gold(run: Run) -> list[str]:
-    """The splits that the headline's gold score was measured on."""
-    return [split for split in run.splits if run.series(f"eval/{split}/gold/{run.headline_gold}/mean").exists]
+def with_gold(run: Run, name: str) -> list[str]:
+    """The splits that a gold score was measured on."""
+    return [split for split in run.splits if run.series(f"eval/{split}/gold/{name}/mean").exists]
 
 
 def gold_verdict(run: Run) -> list[str]:
     if run.headline_gold is None:
         return []
-    for split in with_gold(run)[:1]:
+    for split in with_gold(run, run.headline_gold)[:1]:
         return [movement(run, split, f"gold/{run.headline_gold}", f"gold {run.headline_gold} on held-out prompts")]
     return []
 
 
 def cost_verdicts(run: Run) -> list[str]:
     said = []
-    for split in with_gold(run)[:1]:
-        for name in run.gold_costs:
+    for name in run.gold_costs:
+        for split in with_gold(run, name)[:1]:
             line = movement(run, split, f"gold/{name}", f"gold {name}")
             limits = [(cost, run.limit(cost)) for cost in run.costs if same_stream(cost, name) or len(run.costs) == 1]
             last = table(run, split).steps[-1]
