@@ -26,10 +26,6 @@ LONGEST_NAME, MOST_IN_MATRIX = 12, 6
 APART = 0.12  # between what stands at one place, where 1 is from one place to the next
 
 
-def _last(run: Run) -> Mapping[str, float]:
-    return run.metrics[max(run.metrics)] if run.metrics else {}
-
-
 def _short(name: str) -> str:
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
@@ -78,7 +74,7 @@ def _ticks(names: Sequence[str]) -> list[tuple[float, str]]:
 
 def arenas(run: Run) -> list[Panel]:
     """Of each split: wins by who is safe, what the challenger's responses are, and by how much both differ."""
-    logged = _last(run)
+    logged = run.last
     splits = [found[1] for name in logged if (found := re.fullmatch(r"arena/([^/]+)/win_rate/mean", name))]
     return [panel for split in splits[:2] for panel in _arena(logged, split)]
 
@@ -138,7 +134,7 @@ def _arena(logged: Mapping[str, float], split: str) -> list[Panel]:
 
 def win_rates(run: Run) -> list[Panel]:
     """Of two contestants the win rate by criterion, plain and at equal length; of more, who beats whom by criterion."""
-    logged = _last(run)
+    logged = run.last
     found = [match.groups() for name in logged if (match := WINS.fullmatch(name))]
     panels = []
     for split in list(dict.fromkeys(each[0] for each in found))[:SPLITS]:
@@ -201,7 +197,7 @@ def _matrix(logged: Mapping[str, float], split: str, criterion: str, names: Sequ
 
 def contest_ratings(run: Run) -> list[Panel]:
     """Of each split the contestants' ratings, a marker for each criterion."""
-    logged = _last(run)
+    logged = run.last
     found = [match.groups() for name in logged if (match := POINTS.fullmatch(name))]
     panels = []
     for split in list(dict.fromkeys(each[0] for each in found))[:SPLITS]:
@@ -219,7 +215,7 @@ def contest_ratings(run: Run) -> list[Panel]:
 
 def agreements(run: Run) -> list[Panel]:
     """How far raters agree with one another, and a judge with them: a marker for each criterion."""
-    logged = _last(run)
+    logged = run.last
     criteria = list(dict.fromkeys(match[2] for name in logged if (match := AGREEMENT.fullmatch(name))))
     kinds = [kind.split("/") for kind in ALIKE]
     shown = [(of, what) for of, what in kinds if any(f"{of}/{each}/{what}/mean" in logged for each in criteria)]

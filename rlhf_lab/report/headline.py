@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
@@ -10,7 +10,6 @@ from rlhf_lab.report.plots import metric_label
 from rlhf_lab.report.run import Run, same_stream
 from rlhf_lab.report.summary import Estimate, estimate, judged, number, short, signed, table
 
-PLUS_MINUS = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
 NOTHING = "No evaluation on held-out prompts was recorded"
 
 
@@ -29,10 +28,11 @@ def last_of(run: Run, pattern: str) -> dict[tuple[str, ...], Estimate]:
     parts = (re.escape(part) for part in re.split(r"<\w+>", pattern))
     regex = re.compile("([^/]+)".join(parts) + "/mean")
     found: dict[tuple[str, ...], Estimate] = {}
-    line: Mapping[str, float] = run.metrics[max(run.metrics)] if run.metrics else {}
-    for name, value in line.items():
+    for name, value in run.last.items():
         if (match := regex.fullmatch(name)) and math.isfinite(value):
-            found[match.groups()] = Estimate(mean=value, ci=line.get(f"{name.removesuffix('/mean')}/ci95", math.nan))
+            found[match.groups()] = Estimate(
+                mean=value, ci=run.last.get(f"{name.removesuffix('/mean')}/ci95", math.nan)
+            )
     return found
 
 
@@ -60,7 +60,7 @@ def rating_finding(run: Run) -> str:
     for split, criterion in shown:
         name, rating = best[split, criterion]
         where = criterion if of_one else f"{criterion} on {split}"
-        said.append(f"{name} by {where} ({within(f'{rating.mean:,.0f}', f'{rating.ci:,.0f}', rating)})")
+        said.append(f"{name} by {where} ({rating.written('{:,.0f}'.format)})")
     return f"rated highest{of_one}: {', '.join(said)}" if said else ""
 
 
@@ -126,12 +126,7 @@ def training_finding(run: Run) -> str:
 
 
 def percent(share: Estimate) -> str:
-    return f"{within(f'{100 * share.mean:.0f}', f'{100 * share.ci:.0f}', share)} %"
-
-
-def within(mean: str, half: str, of: Estimate) -> str:
-    """A mean as it is written, with half its interval where it has one."""
-    return mean + (PLUS_MINUS + half if math.isfinite(of.ci) else "")
+    return share.written(lambda part: f"{100 * part:.0f}") + " %"
 
 
 def with_gold(run: Run, name: str) -> list[str]:

@@ -120,6 +120,11 @@ class Run:
         return bool(self.metrics) and all("episode" in line for line in self.metrics.values())
 
     @cached_property
+    def last(self) -> Mapping[str, float]:
+        """What was logged at the last iteration; nothing of a run that has none."""
+        return self.metrics[max(self.metrics)] if self.metrics else {}
+
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Every metric that has a finite value somewhere, in order of first appearance."""
         return tuple(

@@ -18,9 +18,12 @@ class Estimate:
     ci: float
 
     def __str__(self) -> str:
-        return number(self.mean) + (
-            f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{number(self.ci)}" if math.isfinite(self.ci) else ""
-        )
+        return self.written(number)
+
+    def written(self, write: Callable[[float], str]) -> str:
+        """The mean and, where it has one, half its interval, both as `write` has them."""
+        half = f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{write(self.ci)}" if math.isfinite(self.ci) else ""
+        return write(self.mean) + half
 
 
 @dataclass(frozen=True, kw_only=True)

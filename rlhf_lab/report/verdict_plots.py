@@ -21,7 +21,7 @@ APART = 0.12  # between the splits of one preference, where 1 is from one prefer
 
 def verdicts(run: Run) -> list[Panel]:
     """A panel for each measure: a place for each preference, a marker and its interval over prompts for each split."""
-    logged = run.metrics[max(run.metrics)] if run.metrics else {}
+    logged = run.last
     found = [match.groups() for name in logged if (match := MEASURED.fullmatch(name))]
     preferences = list(dict.fromkeys(preference for _, preference, _ in found))
     splits = list(dict.fromkeys(split for split, _, _ in found))
