@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import logging as transformers_logging
+from transformers.pytorch_utils import Conv1D
 
 from rlhf_lab.engine.adapters import (
     Record,
@@ -55,6 +56,7 @@ CALIBRATION = "score_calibration"
 SCORE = ("score",)  # the outputs of a value model's head
 NONE_NEW: Mapping[str, int] = MappingProxyType({})
 SHARED = "shared"  # model.critic: value heads on the policy's own trunk
+NF4_BLOCK = 64  # numbers that share a scale
 LEARNT = "float32"  # of what learns, and of what it is compared with: steps of 1e-5 round away in bfloat16
 
 
@@ -367,6 +369,8 @@ def _backbone(path: str, device: torch.device, dtype: str, quantise: Quantise | 
         model = model.to(device)
     else:
         require("bitsandbytes")
+        if quantise == "nf4":
+            _check_blocks(path)
         settings = (
             transformers.BitsAndBytesConfig(
                 load_in_4bit=True,
@@ -382,7 +386,31 @@ def _backbone(path: str, device: torch.device, dtype: str, quantise: Quantise | 
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path, quantization_config=settings, device_map={"": device}, **_options(DTYPES[dtype])
         )
+        for layer in model.modules():
+            if hasattr(layer, "support_avx512bf16_for_cpu"):
+                # on processors that have the instruction, it would compute in bfloat16, pack its weights anew at the
+                # first pass without gradient, and fail at widths that are no multiple of 64
+                layer.support_avx512bf16_for_cpu = False
     return share(key, Backbone(model, path, quantise))
+
+
+def _check_blocks(path: str) -> None:
+    """Refuse layers whose rows are no whole blocks: on a CPU, bitsandbytes 0.50 reads their weights back as others.
+
+    Raises:
+        ValueError: naming one of them.
+    """
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        )
+    for name, layer in model.base_model.named_modules():
+        is_linear, is_transposed = isinstance(layer, nn.Linear | Conv1D), isinstance(layer, Conv1D)
+        if is_linear and (width := cast(Tensor, layer.weight).shape[0 if is_transposed else 1]) % NF4_BLOCK:
+            raise ValueError(
+                f"model.quantise=nf4 stores blocks of {NF4_BLOCK} numbers, but a row of {name} in {path} has {width}; "
+                "use model.quantise=int8 or null"
+            )
 
 
 def _check_knows(path: str, new_tokens: Mapping[str, int]) -> None:

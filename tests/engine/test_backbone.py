@@ -316,16 +316,28 @@ def test_a_base_with_other_weights_than_the_adapter_learnt_on_is_refused(hf_fold
 
 @pytest.mark.parametrize("quantise", ["nf4", "int8"])
 def test_a_quantised_base_is_smaller_near_the_base_and_learns(
-    quantise: Any, hf_folder: Folder, ragged: Ragged, tmp_path: Path
+    quantise: Any, hf_folder: Folder, ragged: Ragged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    pytest.importorskip("bitsandbytes")
-    folder = hf_folder("qwen2")
+    # as on processors that have it, where layers would compute in bfloat16
+    monkeypatch.setattr(pytest.importorskip("bitsandbytes").nn.modules, "has_avx512bf16", lambda: True)
+    folder = str(tmp_path / "base")
+    config = transformers.AutoConfig.from_pretrained(hf_folder("qwen2"), hidden_size=64, intermediate_size=128)
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    load_tokenizer(hf_folder("qwen2")).save_pretrained(folder)
     policy = load_policy(folder, adapters=adapters(quantise), **OPTIONS)
-    base = view_of(policy).backbone.model
+    backbone = view_of(policy).backbone
+    base = backbone.model
     stored = base.get_submodule("model.layers.0.mlp.up_proj.base_layer").get_parameter("weight")
     exact = cast(torch.Tensor, whole(folder).get_submodule("model.layers.0.mlp.up_proj").weight)
     bits = 8 * stored.numel() * stored.element_size() / exact.numel()
     assert bits == {"nf4": 4, "int8": 8}[quantise]
+    # each number is stored as the nearest of a few, as shares of the largest of its block (of its row)
+    blocks = exact.view(-1, {"nf4": 64, "int8": exact.shape[1]}[quantise])
+    off = (backbone.weight(base.get_submodule("model.layers.0.mlp.up_proj.base_layer")).view_as(blocks) - blocks).abs()
+    widest = {"nf4": 1 - 0.6962, "int8": 1 / 127}[quantise]  # between two neighbours
+    # the scales of blocks are stored in 8 bits themselves, and 8-bit numbers come by way of float16
+    assert (off <= (0.51 * widest + 2**-11) * blocks.abs().amax(1, keepdim=True)).all()
     sequences, _, _ = ragged(policy.config.vocab_size, 4)
     mask = sequences.response_mask
     gap = (logprobs_of(policy, sequences) - logprobs_of(whole(folder), sequences))[mask]
@@ -339,6 +351,13 @@ def test_a_quantised_base_is_smaller_near_the_base_and_learns(
     merged = logprobs_of(whole(str(tmp_path / "merged")), sequences)[mask]
     close = {"nf4": 1e-4, "int8": 0.5}[quantise]  # 8-bit layers round their inputs too
     assert_close(merged, logprobs_of(policy, sequences)[mask], atol=close, rtol=1e-4)
+
+
+def test_rows_that_are_no_whole_blocks_of_four_bits_are_refused(hf_folder: Folder):
+    with pytest.raises(
+        ValueError, match=r"blocks of 64 numbers, but a row of layers\.0\.self_attn\.q_proj in .* has 32"
+    ):
+        load_policy(hf_folder("qwen2"), adapters=adapters("nf4"), **OPTIONS)
 
 
 def paths(**changes: Any) -> ModelPaths:
