@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rlhf_lab.engine.backbone import AdapterView
+from rlhf_lab.engine.last_layer import reading, reads_apart, rows_read
 from rlhf_lab.engine.models import Critics
-from rlhf_lab.engine.prefixes import plant, shares_prefixes
+from rlhf_lab.engine.prefixes import Read, Reads, plant, shares_prefixes
 from rlhf_lab.types import PairForward, PolicyForward, QuadrupleForward, ScoreForward, Sequences
 
 if TYPE_CHECKING:
@@ -27,14 +29,21 @@ class _Layout:
     before: Tensor  # (N,) of the token before each of the N response tokens, row by row
     responses: Tensor  # (N,) of the response tokens themselves
     ends: Tensor  # (B,) of the last real token of each row
+    reads: Reads | None = None  # of those that were asked for, for the last layer alone
 
 
-def _lay_out(model: "PreTrainedModel", sequences: Sequences) -> _Layout:
-    """One copy of each prompt if the model shares prefixes, else rows side by side without columns of padding alone."""
+def _lay_out(model: "PreTrainedModel", sequences: Sequences, read: Read | None = None) -> _Layout:
+    """One copy of each prompt if the model shares prefixes, else rows side by side without columns of padding alone.
+
+    Args:
+        read: what the last layer will be read at, if it is computed there alone.
+    """
     counted = sequences.response_mask
     if shares_prefixes(model):
-        tree = plant(sequences, model.dtype)
-        return _Layout(tree.inputs(model.dtype), tree.before[counted], tree.responses[counted], tree.ends)
+        tree = plant(sequences, model.dtype, read)
+        asked_at = tree.asked_at[counted] if read == "before" else tree.asked_at[:, 0]
+        reads = Reads(tree.asked, asked_at) if tree.asked else None
+        return _Layout(tree.inputs(model.dtype), tree.before[counted], tree.responses[counted], tree.ends, reads)
     used = sequences.attention_mask.any(0).nonzero()
     first, last = int(used[0]), int(used[-1]) + 1
     mask = sequences.attention_mask[:, first:last]
@@ -46,13 +55,30 @@ def _lay_out(model: "PreTrainedModel", sequences: Sequences) -> _Layout:
     rows, width = mask.shape
     starts = torch.arange(rows, device=mask.device) * width
     row, column = counted.nonzero(as_tuple=True)
-    responses = starts[row] + sequences.prompt_width - first + column
-    return _Layout(inputs, responses - 1, responses, starts + width - 1 - mask.flip(1).int().argmax(1))
+    prompts = sequences.prompt_width - first
+    responses = starts[row] + prompts + column
+    last_ones = width - 1 - mask.flip(1).int().argmax(1)
+    reads = None
+    if read == "before" and prompts:
+        columns = torch.arange(prompts - 1, width - 1, device=mask.device)
+        reads = rows_read(mask, columns[None], counted[:, : len(columns)], model.dtype)
+    elif read == "ends":
+        reads = rows_read(mask, last_ones[:, None], mask.new_ones(rows, 1), model.dtype)
+    return _Layout(inputs, responses - 1, responses, starts + last_ones, reads)
 
 
 def _states(trunk: Any, layout: _Layout) -> Tensor:
     """(tokens, D): what the heads read."""
     return trunk(**layout.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+
+
+def _states_at(model: Any, trunk: Any, sequences: Sequences, read: Read) -> Tensor:
+    """(N, D) states before each response token, row by row, or (B, D) at the end of each row."""
+    layout = _lay_out(model, sequences, read if reads_apart(model, trunk) else None)
+    if layout.reads is None:
+        return _states(trunk, layout).index_select(0, layout.before if read == "before" else layout.ends)
+    with reading(trunk, layout.reads):
+        return _states(trunk, layout)
 
 
 def _widen(x: Tensor, mask: Tensor) -> Tensor:
@@ -142,17 +168,18 @@ def policy_logprobs(model: "PreTrainedModel", sequences: Sequences, *, temperatu
 def _said(
     model: "PreTrainedModel", sequences: Sequences, temperature: float, critics: Critics | None, *, entropies: bool
 ) -> PolicyForward:
-    layout, mask = _lay_out(model, sequences), sequences.response_mask
+    mask = sequences.response_mask
     tokens = sequences.tokens[:, sequences.prompt_width :][mask]
     values: dict[str, Tensor] = {}
     if has_plain_head(model):
-        states = _states(model.base_model, layout).index_select(0, layout.before)
+        states = _states_at(model, model.base_model, sequences, "before")
         logprobs, entropy = head_logprobs(
             model.get_output_embeddings(), states, tokens, temperature, entropies=entropies
         )
         if critics is not None and critics.shares_trunk:
             values = _values(critics, states, mask)
     else:
+        layout = _lay_out(model, sequences)
         logits = model(**layout.inputs, use_cache=False).logits.flatten(0, 1)
         before = logits.index_select(0, layout.before)
         logprobs, entropy = token_logprobs(before, tokens, temperature, entropies=entropies)
@@ -163,9 +190,9 @@ def _said(
 
 def critic_values(critics: Critics, sequences: Sequences) -> dict[str, Tensor]:
     """critic -> (B, T): the value of the state before each response token."""
-    layout = _lay_out(critics.trunk, sequences)
-    states = _states(critics.trunk, layout).index_select(0, layout.before)
-    return _values(critics, states, sequences.response_mask)
+    trunk: Any = critics.trunk
+    inner = trunk.base_model if isinstance(trunk, AdapterView) else trunk
+    return _values(critics, _states_at(trunk, inner, sequences, "before"), sequences.response_mask)
 
 
 def _values(critics: Critics, states: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -175,12 +202,13 @@ def _values(critics: Critics, states: Tensor, mask: Tensor) -> dict[str, Tensor]
 
 def _read(model: "PreTrainedModel", sequences: Sequences, token_scores: bool) -> tuple[Tensor, Tensor]:
     """(B, D) outputs at the last real token of each row, found from the mask and never from pad ids; (B, T) scores."""
+    head = model.get_submodule("score")
+    if not token_scores:
+        ends = head(_states_at(model, model.base_model, sequences, "ends")).float()
+        return ends, ends[:, :0]
     layout = _lay_out(model, sequences)
     states = _states(model.base_model, layout)
-    head = model.get_submodule("score")
     ends = head(states.index_select(0, layout.ends)).float()
-    if not token_scores:
-        return ends, ends[:, :0]
     scores = head(states.index_select(0, layout.responses)).float()[:, 0]
     return ends, _widen(scores, sequences.response_mask)
 

@@ -7,10 +7,10 @@ Gradients of a prompt's keys and values are the sums over its responses, by the 
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -24,6 +24,7 @@ ATTENTION = "shared_prefixes"  # the name of the attention function
 ALIKE = 0.6  # rows at least this share of the longest are computed with it; their attention alone is padded
 # by which share of its largest state a model may differ from itself, from rounding
 ASTRAY = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+Read = Literal["before", "ends"]  # the token before each of the responses, or the last one of each row
 FEW = 16  # and so are rows shorter by fewer tokens than this
 
 
@@ -37,6 +38,19 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Reads:
+    """What is read of the last layer, of a batch of tokens end to end.
+
+    Fields:
+        blocks: whose queries these are; each has a mask.
+        order: (N,) int64: where the N tokens that are read stand among the queries, all blocks end to end.
+    """
+
+    blocks: tuple[Block, ...]
+    order: Tensor
+
+
+@dataclass(frozen=True)
 class Tree:
     """Distinct prompts and the responses to them as one sequence of N tokens."""
 
@@ -47,6 +61,8 @@ class Tree:
     responses: Tensor  # (B, T) int64: places of the response tokens
     before: Tensor  # (B, T) int64: places of the tokens before them, the prompt's last one for the first
     ends: Tensor  # (B,) int64: place of the last token of each row
+    asked: tuple[Block, ...]  # what is read of the last layer, if that was said
+    asked_at: Tensor  # (B, T) or (B, 1) int64: where its queries stand, all blocks end to end
 
     def inputs(self, dtype: torch.dtype) -> dict[str, Any]:
         """What a model is called with."""
@@ -66,11 +82,12 @@ def siblings(sequences: Sequences) -> tuple[Tensor, Tensor]:
     return torch.unique(prompts, dim=0, return_inverse=True)
 
 
-def plant(sequences: Sequences, dtype: torch.dtype) -> Tree:
+def plant(sequences: Sequences, dtype: torch.dtype, read: Read | None = None) -> Tree:
     """Lay rows out with one copy of each prompt.
 
     Args:
         dtype: of the model, and so of the masks.
+        read: at which tokens the last layer is read; None: wherever. Rows without a response have no such tokens.
     """
     device, width = sequences.tokens.device, sequences.prompt_width
     prompts, parent = siblings(sequences)
@@ -87,6 +104,12 @@ def plant(sequences: Sequences, dtype: torch.dtype) -> Tree:
     counted = (prompts >= 0).cumsum(1) - 1
     tree_tokens = torch.cat([prompts[prompts >= 0], sequences.tokens[:, width:][spoken]])
 
+    ends = torch.where(sizes > 0, starts + sizes - 1, last_of_prompt)
+    if read == "ends" and not bool(sizes.all()):
+        read = None  # where nothing was said the end is the prompt's, which no block below asks for
+    asked: list[Block] = []
+    asked_before = 0
+    asked_at = torch.zeros(spoken.shape if read == "before" else (len(sizes), 1), dtype=torch.int64, device=device)
     blocks: list[Block] = []
     order = torch.empty_like(tree_tokens)
     done = 0
@@ -113,11 +136,21 @@ def plant(sequences: Sequences, dtype: torch.dtype) -> Tree:
         allowed = torch.cat(
             [seen[:, None].expand(-1, len(places), -1), causal.expand(len(seen), -1, -1)], 2
         )  # (n or 1, T, S)
-        barred = torch.zeros(allowed.shape, dtype=dtype, device=device)
-        barred.masked_fill_(~allowed, torch.finfo(dtype).min)
-        blocks.append(Block(queries, torch.cat([keys, queries], 1), barred[:, None]))
+        keys = torch.cat([keys, queries], 1)
+        blocks.append(Block(queries, keys, _barred(allowed, dtype)))
         order[queries[there]] = done + there.view(-1).nonzero()[:, 0]
         done += there.numel()
+        if read is None:
+            continue
+        if read == "before":  # each sees what the one before it sees, the first its prompt alone
+            chosen = before[rows, : len(places)].where(there, 0)
+            allowed = torch.cat([nn.functional.pad(seen[:, None], (0, len(places))), allowed[:, :-1]], 1)
+        else:
+            chosen = ends[rows, None]
+            allowed = torch.cat([seen.expand(len(rows), -1), there], 1)[:, None]
+        asked.append(Block(chosen, keys, _barred(allowed, dtype)))
+        asked_at[rows, : chosen.shape[1]] = asked_before + torch.arange(chosen.numel(), device=device).view_as(chosen)
+        asked_before += chosen.numel()
     return Tree(
         tokens=tree_tokens[None],
         position_ids=torch.cat([counted[prompts >= 0], sequences.position_ids[:, width:][spoken]])[None],
@@ -125,8 +158,17 @@ def plant(sequences: Sequences, dtype: torch.dtype) -> Tree:
         order=order,
         responses=responses,
         before=before,
-        ends=torch.where(sizes > 0, starts + sizes - 1, last_of_prompt),
+        ends=ends,
+        asked=tuple(asked),
+        asked_at=asked_at,
     )
+
+
+def _barred(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n, T, S) bool -> (n, 1, T, S), added to the attention scores."""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
+        ~allowed, torch.finfo(dtype).min
+    )[:, None]
 
 
 def _alike(sizes: Tensor) -> list[Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rlhf_lab.engine.backbone import AdapterView, layers_of
 from rlhf_lab.engine.forward import raw_outputs
+from rlhf_lab.engine.last_layer import Replayed
 from rlhf_lab.types import Sequences
 
 if TYPE_CHECKING:
@@ -186,18 +187,14 @@ def _replaying(layers: Sequence[nn.Module], tape: Sequence[Any]) -> Iterator[Non
 
     A member must pass through them as often as the first did.
     """
-    calls = [0] * len(layers)
-
-    def played(i: int) -> Any:
-        calls[i] += 1
-        return tape[calls[i] - 1]
-
     before = [vars(layer).get("forward") for layer in layers]
-    for i, layer in enumerate(layers):
-        layer.forward = lambda *_args, i=i, **_kwargs: played(i)
+    played = [Replayed(tape) for _ in layers]
+    for layer, instead in zip(layers, played, strict=True):
+        layer.forward = instead
     try:
         yield
-        assert set(calls) == {len(tape)}, f"{len(tape)} pieces were recorded, but read {calls} times"
+        calls = {one.calls for one in played}
+        assert calls == {len(tape)}, f"{len(tape)} pieces were recorded, but read {calls} times"
     finally:
         for layer, forward in zip(layers, before, strict=True):
             if forward is None:

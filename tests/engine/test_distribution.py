@@ -56,13 +56,15 @@ def test_layers_that_are_computed_again_have_the_same_gradient(
     policy_forward(again, sequences)  # which tries a new model out first
     calls.clear()
     found, _ = gradients(again, sequences, on_cpu(gradient_checkpointing=True))
-    assert len(calls) == 2 * len(layers(again))
+    # the last layer of a Llama is computed where it is read, and kept: its backward pass comes first
+    kept = architecture in ("llama", "qwen2")
+    assert len(calls) == 2 * len(layers(again)) - kept
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert torch.equal(found[name], gradient), name
     with torch.no_grad():
         policy_forward(again, sequences)
-    assert len(calls) == 3 * len(layers(again)), "without a gradient nothing is computed twice"
+    assert len(calls) == 3 * len(layers(again)) - kept, "without a gradient nothing is computed twice"
 
 
 def test_in_bf16_layers_compute_in_bfloat16_and_what_learns_stays_in_float32(hf_folder: Folder, ragged: Ragged):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rlhf_lab.data.tokenise import join, pad
-from rlhf_lab.engine.forward import critic_values, policy_forward, text_scores
+from rlhf_lab.engine.forward import critic_values, policy_forward, raw_scores, text_scores
 from rlhf_lab.engine.models import Critics, load_policy
 from rlhf_lab.engine.prefixes import plant, share_prefixes, shares_prefixes
 from rlhf_lab.engine.score import by_length, families, family_microbatches
@@ -95,7 +95,9 @@ def test_values_and_scores_are_those_of_rows_that_stand_alone(
         with torch.no_grad():
             values = critic_values(critics, rows)
             said = text_scores(scorer, (rows,), token_scores=True)
-        return torch.stack([*values.values(), said.token_scores[0], said.first[:, None].expand_as(values["cost"])], -1)
+            at_end = raw_scores(scorer, rows)
+        whole = [score[:, None].expand_as(values["cost"]) for score in (said.first, at_end)]
+        return torch.stack([*values.values(), said.token_scores[0], *whole], -1)
 
     expected = torch.cat([everything(row) for row in one_by_one])
     assert not shares_prefixes(trunk)

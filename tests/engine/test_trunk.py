@@ -38,12 +38,13 @@ def on_upper_layers() -> Adapters:
 
 
 def calls_of(model: Any, layer: int, compute: Callable[[], Any]) -> int:
-    """How often a layer's attention is computed meanwhile."""
+    """How often a layer's attention is computed meanwhile, seen at the first of its projections."""
     stack = layers_of(model)
     assert stack is not None
-    attention = next(part for name, part in stack[layer].named_children() if "attn" in name or "attention" in name)
+    named = stack[layer].named_children()
+    attention = next(part for name, part in named if ("attn" in name or "attention" in name) and [*part.children()])
     seen: list[int] = []
-    handle = attention.register_forward_hook(lambda *_: seen.append(1))
+    handle = next(attention.children()).register_forward_hook(lambda *_: seen.append(1))
     compute()
     handle.remove()
     return len(seen)
