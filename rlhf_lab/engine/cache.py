@@ -32,7 +32,7 @@ class InPlaceLayer(DynamicLayer):
 
     def append(self, keys: Tensor, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
         """Write one column, of (n, heads, D) keys and values, and return all that are in use."""
-        rows = len(keys)
+        rows = keys.shape[0]
         for buffer, new in zip(self.buffers, (keys, values), strict=True):
             buffer[:rows, :, column] = new
         self.use(rows, self.begin, column + 1)

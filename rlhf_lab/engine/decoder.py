@@ -7,7 +7,7 @@ own forward.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from rlhf_lab.engine.cache import InPlaceCache
+from rlhf_lab.functional.attention import attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,37 +28,61 @@ ASTRAY = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.
 PROBE = (2, 5)  # rows and tokens of the probe
 
 
+class _Linear(NamedTuple):
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class _Norm(NamedTuple):
+    weight: Tensor
+    epsilon: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.rms_norm(x, x.shape[-1:], self.weight, self.epsilon)
+
+
 @dataclass(frozen=True)
 class _Layer:
-    """The modules of one layer; their weights are read at each step, since they learn."""
+    """What one layer computes with; its modules are not asked again at each step."""
 
-    input_norm: Any
-    q: nn.Linear
-    k: nn.Linear
-    v: nn.Linear
-    o: nn.Linear
-    output_norm: Any
-    gate: nn.Linear
-    up: nn.Linear
-    down: nn.Linear
+    input_norm: _Norm
+    q: _Linear
+    k: _Linear
+    v: _Linear
+    o: _Linear
+    output_norm: _Norm
+    gate: _Linear
+    up: _Linear
+    down: _Linear
     activation: Any
     scaling: float
 
 
+def _linear(module: Any) -> _Linear:
+    return _Linear(module.weight, module.bias)
+
+
+def _norm(module: Any) -> _Norm:
+    return _Norm(module.weight, module.variance_epsilon)
+
+
 def _layer(layer: Any) -> _Layer:
-    attention, mlp = layer.self_attn, layer.mlp
+    read, mlp = layer.self_attn, layer.mlp
     return _Layer(
-        input_norm=layer.input_layernorm,
-        q=attention.q_proj,
-        k=attention.k_proj,
-        v=attention.v_proj,
-        o=attention.o_proj,
-        output_norm=layer.post_attention_layernorm,
-        gate=mlp.gate_proj,
-        up=mlp.up_proj,
-        down=mlp.down_proj,
+        input_norm=_norm(layer.input_layernorm),
+        q=_linear(read.q_proj),
+        k=_linear(read.k_proj),
+        v=_linear(read.v_proj),
+        o=_linear(read.o_proj),
+        output_norm=_norm(layer.post_attention_layernorm),
+        gate=_linear(mlp.gate_proj),
+        up=_linear(mlp.up_proj),
+        down=_linear(mlp.down_proj),
         activation=mlp.act_fn,
-        scaling=attention.scaling,
+        scaling=read.scaling,
     )
 
 
@@ -71,7 +96,8 @@ class Decoder:
     def __init__(self, model: "PreTrainedModel", columns: int) -> None:
         base: Any = model.base_model
         self.layers = [_layer(layer) for layer in base.layers]
-        self.embeddings, self.norm, self.head = base.embed_tokens, base.norm, model.get_output_embeddings()
+        self.embeddings, self.norm = base.embed_tokens, _norm(base.norm)
+        self.head = _linear(model.get_output_embeddings())
         positions = torch.arange(columns, device=model.device)[None]
         cosines, sines = base.rotary_emb(torch.empty(0, dtype=model.dtype, device=model.device), positions)
         self.width = cosines.shape[-1]
@@ -87,39 +113,26 @@ class Decoder:
         Args:
             mask: (n, columns in use and this one) bool, True where a row has a token; None: everywhere.
         """
-        n, end = len(tokens), store.end
+        n, end = tokens.shape[0], store.end
         cosines, sines = self.cosines[positions], self.sines[positions]
-        seen = None if mask is None else mask[:, None, None]
+        seen = None
+        if mask is not None:
+            seen = torch.zeros_like(mask, dtype=cosines.dtype).masked_fill_(~mask, -torch.inf)[:, None, None]
         x = self.embeddings(tokens)
         for layer, cache in zip(self.layers, store.layers, strict=True):
-            states = _normalised(x, layer.input_norm)
-            q, k, v = (_linear(states, part).view(n, -1, self.width) for part in (layer.q, layer.k, layer.v))
+            states = layer.input_norm(x)
+            q, k, v = (part(states).view(n, -1, self.width) for part in (layer.q, layer.k, layer.v))
             keys, values = cache.append(self._rotated(k, cosines, sines), v, end)
-            read = F.scaled_dot_product_attention(
-                self._rotated(q, cosines, sines)[:, :, None],
-                keys,
-                values,
-                attn_mask=seen,
-                scale=layer.scaling,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
-            x = x + _linear(read.view(n, -1), layer.o)
-            states = _normalised(x, layer.output_norm)
-            x = x + _linear(layer.activation(_linear(states, layer.gate)) * _linear(states, layer.up), layer.down)
-        states = _normalised(x, self.norm)
-        return states, _linear(states, self.head)
+            read = attention(self._rotated(q, cosines, sines)[:, :, None], keys, values, seen, layer.scaling)
+            x = x + layer.o(read[:, 0])
+            states = layer.output_norm(x)
+            x = x + layer.down(layer.activation(layer.gate(states)) * layer.up(states))
+        states = self.norm(x)
+        return states, self.head(states)
 
     def _rotated(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         """(n, heads, D) queries or keys, turned by their positions."""
         return torch.addcmul(x * cosines, x.roll(self.width // 2, -1), sines)
-
-
-def _linear(x: Tensor, layer: Any) -> Tensor:
-    return F.linear(x, layer.weight, layer.bias)
-
-
-def _normalised(x: Tensor, norm: Any) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
 _agrees: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
@@ -127,21 +140,22 @@ _agrees: "WeakKeyDictionary[Any, bool]" = WeakKeyDictionary()
 
 def decoder(model: "PreTrainedModel", columns: int) -> Decoder | None:
     """A decoder of this model; None where it decodes by its own forward."""
-    if torch.is_autocast_enabled(model.device.type) or not _is_llama(model):
+    if torch.is_autocast_enabled(model.device.type) or not isinstance(model, transformers.PreTrainedModel):
+        return None
+    # what others have put around a forward pass would be passed over: of adapters, of weights that are elsewhere
+    if any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in model.modules()):
+        return None
+    if model.training and getattr(model.config, "attention_dropout", 0):
         return None
     if model not in _agrees:
-        _agrees[model] = _says_the_same(model)
+        _agrees[model] = _is_llama(model) and _says_the_same(model)
     return Decoder(model, columns) if _agrees[model] else None
 
 
 def _is_llama(model: Any) -> bool:
     """Whether the parts are there, nothing is beside them that would compute, and weights are plain and whole."""
-    if not isinstance(model, transformers.PreTrainedModel):
-        return False
     base: Any = model.base_model
     if getattr(getattr(base, "rotary_emb", None), "rope_type", None) not in STEADY_ROPE:
-        return False
-    if model.training and getattr(model.config, "attention_dropout", 0):
         return False
     try:
         parts = [(layer.self_attn, layer.mlp) for layer in base.layers]
@@ -156,10 +170,6 @@ def _is_llama(model: Any) -> bool:
         all(type(one) is nn.Linear for one in linear)
         and all(hasattr(norm, "variance_epsilon") and len([*norm.parameters()]) == 1 for norm in norms)
         and all(len([*part.children()]) == 4 for pair in parts for part in pair)
-        # what others have put around a forward pass would be passed over: of adapters, of weights that are elsewhere
-        and not any(
-            part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in model.modules()
-        )
         and all(type(p) is nn.Parameter for p in model.parameters())
     )
 

@@ -92,7 +92,7 @@ class Flight:
 
     @property
     def rows(self) -> int:
-        return len(self.response)
+        return self.response.shape[0]
 
     def admit(self, prompts: Tensor, mask: Tensor, chosen: Tensor) -> None:
         """Read prompts, once each, and add their samples to the batch."""

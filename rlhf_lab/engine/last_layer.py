@@ -14,9 +14,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf_lab.engine.prefixes import ASTRAY, Block, Reads
+from rlhf_lab.functional.attention import attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,31 +77,30 @@ def _forward(
     layer: Any, reads: Reads, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], **_options: Any
 ) -> Tensor:
     """A Llama's layer."""
-    attention, x = layer.self_attn, hidden_states.flatten(0, 1)  # (tokens, D)
+    x = hidden_states.flatten(0, 1)  # (tokens, D)
     asked = torch.cat([block.queries.reshape(-1) for block in reads.blocks])
     cosines, sines = (part.flatten(0, 1)[:, None] for part in position_embeddings)  # (tokens, 1, head width)
     states = layer.input_layernorm(x)
 
     def heads(projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (-1, attention.head_dim))
+        return projected.unflatten(-1, (-1, layer.self_attn.head_dim))
 
-    q = _rotated(heads(attention.q_proj(states[asked])), cosines[asked], sines[asked])
-    k = _rotated(heads(attention.k_proj(states)), cosines, sines)
-    v = heads(attention.v_proj(states))
+    q = _rotated(heads(layer.self_attn.q_proj(states[asked])), cosines[asked], sines[asked])
+    k = _rotated(heads(layer.self_attn.k_proj(states)), cosines, sines)
+    v = heads(layer.self_attn.v_proj(states))
     said, start = [], 0
     for block in reads.blocks:
         end = start + block.queries.numel()
-        read, _ = sdpa_attention_forward(
-            attention,
+        read = attention(
             q[start:end].unflatten(0, tuple(block.queries.shape)).transpose(1, 2),
             k[block.keys].transpose(1, 2),
             v[block.keys].transpose(1, 2),
             block.mask,
-            scaling=attention.scaling,
+            layer.self_attn.scaling,
         )
-        said.append(read.flatten(2).flatten(0, 1))
+        said.append(read.flatten(0, 1))
         start = end
-    x = x[asked[reads.order]] + attention.o_proj(torch.cat(said)[reads.order])
+    x = x[asked[reads.order]] + layer.self_attn.o_proj(torch.cat(said)[reads.order])
     return (x + layer.mlp(layer.post_attention_layernorm(x)))[None]
 
 

@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlhf_lab.functional.attention import attention
 from rlhf_lab.types import Sequences
 
 if TYPE_CHECKING:
@@ -215,16 +216,17 @@ def attend(
 
     outputs: list[Tensor] = []
     for block in tree.blocks:
-        said, _ = sdpa_attention_forward(
-            module,
+        read = attention(
             rows(by_token[0], query, block.queries),
             rows(by_token[1], key, block.keys),
             rows(by_token[2], value, block.keys),
             block.mask,
-            **options,
+            options.get("scaling"),
+            options.get("dropout", 0.0),
         )
-        outputs.append(said.flatten(0, 1))
-    return torch.cat(outputs).index_select(0, tree.order)[None], None
+        outputs.append(read.flatten(0, 1))
+    said = torch.cat(outputs).index_select(0, tree.order)
+    return said.unflatten(-1, (query.shape[1], -1))[None], None
 
 
 AttentionInterface.register(ATTENTION, attend)

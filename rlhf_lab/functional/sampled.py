@@ -45,6 +45,6 @@ def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
 
     A row's token depends on its own number only, so responses do not depend on how rows are batched.
     """
-    cumulative = logprobs.double().exp().cumsum(-1)
+    cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
     # scaled by the total, which rounding leaves a little off 1, and right-sided: a token of probability 0 cannot be hit
     return torch.searchsorted(cumulative, (uniform.double() * cumulative[:, -1])[:, None], right=True)[:, 0]
