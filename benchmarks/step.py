@@ -217,7 +217,7 @@ def work_here(case: Case, folder: Path, steps: int) -> None:
         prompts=[Prompt.from_text(text) for text in prompts_of(case, steps)], demonstrations=[],
         distribution=distribution,
         engine=BuiltIn().engine(policy, template, sampling, critics if case.shared_critic else None),
-        scorer=Scorer(rewards=sources, reference=reference, critics=critics, temperature=1.0, tokens_at_once=8192),
+        scorer=Scorer(rewards=sources, reference=reference, critics=critics, tokens_at_once=8192),
         learner=learner(modules=modules, total_updates=steps, distribution=distribution), gold={}, evaluator=unread,
     )  # fmt: skip
     clock = Clock()

@@ -233,9 +233,11 @@ class Engines(Protocol):
         """An engine that samples from `model`; one that can leaves the values of critics on its trunk in rollouts."""
         ...
 
-    def measured(
-        self, rollout: Rollout, policy: Any, temperature: float, tokens_at_once: int
-    ) -> tuple[Rollout, Metrics]:
+    def check_trainable(self, sampling: Any) -> None:
+        """Refuse settings with which what the engine records would not be what the learner can score."""
+        ...
+
+    def measured(self, rollout: Rollout, policy: Any, tokens_at_once: int) -> tuple[Rollout, Metrics]:
         """The rollout with the learner's log-probabilities, and how far those of the engine are from them."""
         ...
 

@@ -35,7 +35,25 @@ def _map(value: Any, change: Any) -> Any:
         return tuple(_map(entry, change) for entry in value)
     if isinstance(value, Mapping):
         return {key: _map(entry, change) for key, entry in value.items()}
+    if isinstance(value, Processing):  # of all rows alike
+        return value
     return change(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processing:
+    """How a policy's logits become the distribution that its tokens are drawn from, and so are scored under.
+
+    All but the temperature are settings that say which tokens are likelier or may not come at all. Penalty and least
+    length follow from the tokens before, for any model. Top k and top p do not: what they leave depends on the policy
+    that sampled, so its rollout has the tokens that were left (`Kept`), and all models speak of these alone.
+    """
+
+    temperature: float = 1.0
+    repetition_penalty: float = 1.0  # of tokens of the prompt and of the response so far
+    min_new_tokens: int = 0  # none of the `stops` can be drawn before
+    stops: tuple[int, ...] = ()
+    restricted: bool = False  # by top k or top p, and `Sequences.kept` says to what
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +75,22 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Kept(Batch):
+    """The tokens among which each response token was drawn: what top k and top p left of the vocabulary.
+
+    Memory: 4 bytes for each token that was left, on the CPU until they are read; 512 x 512 response tokens drawn from
+    50 each take 52 MB (a bit for each of 128k tokens would be 4.3 GB). At worst, a flat distribution at a top_p near 1,
+    4 V bytes a response token.
+
+    Source: the same set for the policy that samples and the one that learns, "keep sampling mask" of DeepSeek-V3.2,
+    arXiv:2512.02556, section 3.1.
+    """
+
+    sizes: Tensor  # (B, T) int64: how many; 0 where masked
+    ids: list[Tensor]  # int32, those of a row: of its first response token, then of its second, …
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sequences(Batch):
     """Prompts padded left to P and responses padded right to T, side by side.
 
@@ -68,6 +102,7 @@ class Sequences(Batch):
     attention_mask: Tensor  # (B, P + T) bool, True on real tokens
     position_ids: Tensor  # (B, P + T) int64, 0 at the first real token of a row
     response_mask: Tensor  # (B, T) bool, True on response tokens, the EOS included
+    kept: tuple[Kept, ...] = ()  # one, of responses that were drawn with top k or top p
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -111,6 +146,7 @@ class Rollout(Batch):
     finished: Tensor  # (B,) bool, False if cut at the length limit
     responses: list[str]  # decoded, without special tokens
     logprobs: Tensor  # (B, T) of the sampled tokens, under the distribution they were sampled from; 0 where masked
+    processing: Processing = Processing()  # which distribution of a model's that is
     # (B, T), one, from an engine that is not the policy: `logprobs`, which are then the policy's, less the engine's
     log_ratio: tuple[Tensor, ...] = ()
     # critic -> (B, T), of the states that the tokens were drawn from; from an engine that reads them on its way
@@ -135,7 +171,7 @@ class ScoredRollout(Batch):
 
     rollout: Rollout
     scores: dict[str, Score]
-    ref_logprobs: Tensor  # (B, T) of the sampled tokens under the reference policy; 0 where masked
+    ref_logprobs: Tensor  # (B, T) of the sampled tokens under the reference, processed as in sampling; 0 where masked
     values: dict[str, Tensor]  # critic -> (B, T), at the state before each response token; 0 where masked
 
     def __len__(self) -> int:

@@ -11,8 +11,10 @@ from rlhf_lab.records import Prompt
 from rlhf_lab.types import (
     Batch,
     Experience,
+    Kept,
     PairBatch,
     PolicyForward,
+    Processing,
     PromptBatch,
     Rollout,
     SafetyPairBatch,
@@ -40,6 +42,7 @@ def sequences() -> Sequences:
         attention_mask=attention,
         position_ids=(attention.cumsum(1) - 1).clamp(min=0),
         response_mask=RESPONSE_MASK,
+        kept=(Kept(sizes=marked(WIDTH), ids=[torch.tensor([row] * row) for row in range(ROWS)]),),
     )
 
 
@@ -51,6 +54,7 @@ def experience() -> Experience:
         finished=torch.tensor([True, True, False, True]),
         responses=[f"response {row}" for row in range(ROWS)],
         logprobs=-marked(WIDTH).float(),
+        processing=Processing(temperature=0.7),
     )
     scored = ScoredRollout(
         rollout=rollout,
@@ -71,6 +75,8 @@ def leaves(value: Any) -> list[Any]:
         return [leaf for entry in value.values() for leaf in leaves(entry)]
     if isinstance(value, tuple):
         return [leaf for entry in value for leaf in leaves(entry)]
+    if isinstance(value, Processing):  # no column
+        return []
     return [value]
 
 
@@ -80,7 +86,7 @@ def test_select_takes_the_same_rows_in_the_same_order_everywhere(rows: list[int]
     part = whole.select(torch.tensor(rows, dtype=torch.int64))
     assert len(part) == len(part.scored) == len(part.scored.rollout) == len(rows)
     before, after = leaves(whole), leaves(part)
-    assert len(before) == len(after) == 18  # 2 lists and 16 tensors: none is forgotten
+    assert len(before) == len(after) == 20  # 3 lists and 17 tensors: none is forgotten
     for old, new in zip(before, after, strict=True):
         assert [str(old[row]) for row in rows] == [str(entry) for entry in new]
 
@@ -90,6 +96,7 @@ def test_a_selection_keeps_types_and_leaves_the_whole_alone():
     part = whole.select(torch.tensor([1]))
     assert isinstance(part.scored.rollout.sequences, Sequences)
     assert isinstance(part.scored.scores["b"], Score)
+    assert part.scored.rollout.processing == Processing(temperature=0.7)
     assert len(whole) == ROWS
     with pytest.raises(FrozenInstanceError):
         part.advantages = whole.advantages  # pyright: ignore[reportAttributeAccessIssue]
@@ -105,7 +112,7 @@ def test_map_reaches_every_leaf_once():
 def test_to_moves_every_tensor_and_no_list():
     moved = experience().to(torch.device("meta"))
     tensors = [leaf for leaf in leaves(moved) if isinstance(leaf, torch.Tensor)]
-    assert len(tensors) == 16
+    assert len(tensors) == 17
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert moved.scored.rollout.responses == ["response 0", "response 1", "response 2", "response 3"]
 

@@ -96,4 +96,5 @@ class ContinuousBatcher:
             logprobs[i, : lengths[i]] = torch.tensor(row.logprobs)
         last = tokens[torch.arange(len(rows)), lengths - 1]
         finished = torch.isin(last, torch.tensor(self.stops))
-        return rollout_from(self.template, prompts, samples, tokens, logprobs, lengths, finished)
+        processing = sampling.processing(self.stops, records=False)
+        return rollout_from(self.template, prompts, samples, tokens, logprobs, lengths, finished, processing)

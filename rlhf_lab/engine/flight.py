@@ -34,6 +34,9 @@ class Drawn:
         names = () if engine.critics is None else engine.critics.names
         self.values = torch.zeros(*self.uniform.shape, len(names), device=device)
         self.cut = torch.full((len(uniform),), self.steps + 1, device=device)  # length of those that a text ended
+        # places of tokens, how many tokens each was drawn among, and their ids; none of a rank without prompts
+        nothing = torch.zeros(0, dtype=torch.int64)
+        self.kept: list[tuple[Tensor, Tensor, Tensor]] = [(nothing, nothing, nothing.int())]
 
     def responses(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(R, T) tokens and their log-probabilities, (R,) lengths, and (R,) whether it ended by itself."""
@@ -50,6 +53,24 @@ class Drawn:
         """(R, T) of each critic, 0 beyond a response's end."""
         inside = self._places <= self._ended()[:, None]
         return [of.where(inside, 0) for of in self.values[:, : self.steps].unbind(-1)]
+
+    def keep(self, response: Tensor, count: Tensor, left: Tensor) -> None:
+        """Record among which tokens, (n, V) bool, the next one of each response is drawn."""
+        place = response * self.tokens.shape[1] + count
+        # off the device at once: it waits for these ids anyway, to know how many they are
+        self.kept.append((place.cpu(), left.sum(1).cpu(), left.nonzero()[:, 1].int().cpu()))
+
+    def kept_of_responses(self) -> tuple[Tensor, Tensor]:
+        """(R, T) how many tokens were left of the vocabulary, 0 beyond a response's end, and their ids end to end."""
+        width = self.tokens.shape[1]
+        place, size, ids = (torch.cat(parts) for parts in zip(*self.kept, strict=True))
+        inside = torch.arange(width) < self._ended().clamp(max=self.steps).cpu()[:, None]
+        sizes = torch.zeros(inside.shape, dtype=torch.int64)
+        sizes.view(-1)[place] = size
+        owner = place.repeat_interleave(size)
+        order = owner.argsort(stable=True)
+        ids = ids[order][inside.view(-1)[owner[order]]]
+        return sizes.where(inside, 0)[:, : self.steps], ids
 
     @property
     def _places(self) -> Tensor:
@@ -133,6 +154,8 @@ class Flight:
         tokens = logprobs.argmax(-1) if greedy else draw(logprobs, drawn.uniform[self.response, self.count])
         drawn.tokens[self.response, self.count] = tokens
         drawn.logprobs[self.response, self.count] = logprobs.gather(1, tokens[:, None])[:, 0]
+        if sampling.restricts:
+            drawn.keep(self.response, self.count, logprobs > -torch.inf)
         if self.engine.critics is not None:
             drawn.values[self.response, self.count] = self.values
         self.count += 1

@@ -10,15 +10,17 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf_lab.engine.backbone import AdapterView
 from rlhf_lab.engine.last_layer import reading, reads_apart, rows_read
+from rlhf_lab.engine.limits import Limits, limits_of
 from rlhf_lab.engine.models import Critics
 from rlhf_lab.engine.prefixes import Read, Reads, plant, shares_prefixes
-from rlhf_lab.types import PairForward, PolicyForward, QuadrupleForward, ScoreForward, Sequences
+from rlhf_lab.types import PairForward, PolicyForward, Processing, QuadrupleForward, ScoreForward, Sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # entries of a float32 slice of logits: 64 MiB, of which one is alive at a time
 LOGITS_AT_ONCE = 2**24
+UNPROCESSED = Processing()
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def _widen(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def token_logprobs(
-    logits: Tensor, tokens: Tensor, temperature: float, *, entropies: bool = True
+    logits: Tensor, tokens: Tensor, temperature: float, *, entropies: bool = True, limits: Limits | None = None
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of `tokens` and entropies of their distributions, in float32, a slice of rows at a time.
 
@@ -95,22 +97,34 @@ def token_logprobs(
         logits: (B, …, V) in any precision; divided by the temperature in float32, as in sampling.
         tokens: (B, …) int64.
         entropies: whether somebody reads them, which takes as long as all else here; without, they are 0.
+        limits: of (N, V) logits before (N,) tokens: what sampling did to them before the temperature.
 
     Returns:
         (B, …) each, in nats; the entropy carries no gradient.
     """
     rows = max(1, LOGITS_AT_ONCE // max(1, logits[:1].numel()))
+    cut = logits.split(rows)
+    limited = [None] * len(cut) if limits is None else limits.split(rows)
     chosen, spread = [], []
-    for part, picked in zip(logits.split(rows), tokens.split(rows), strict=True):
-        logprobs = (part.float() / temperature).log_softmax(-1)
+    for part, picked, within in zip(cut, tokens.split(rows), limited, strict=True):
+        full = part.float() if within is None else within(part.float())
+        logprobs = (full / temperature).log_softmax(-1)
         chosen.append(logprobs.gather(-1, picked[..., None])[..., 0])
         with torch.no_grad():
+            if within is not None:  # 0 log 0 is 0, not 0 * -inf
+                logprobs = logprobs.clamp(min=torch.finfo(logprobs.dtype).min)
             spread.append(-(logprobs.exp() * logprobs).sum(-1) if entropies else torch.zeros_like(chosen[-1]))
     return torch.cat(chosen), torch.cat(spread)
 
 
 def head_logprobs(
-    head: Any, states: Tensor, tokens: Tensor, temperature: float, *, entropies: bool = True
+    head: Any,
+    states: Tensor,
+    tokens: Tensor,
+    temperature: float,
+    *,
+    entropies: bool = True,
+    limits: Limits | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and, if asked for, entropies of `tokens` (N,) after `states` (N, D), (N,) each.
 
@@ -118,16 +132,18 @@ def head_logprobs(
     states, never logits.
     """
 
-    def piece(states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        return token_logprobs(head(states), tokens, temperature, entropies=entropies)
+    def piece(states: Tensor, tokens: Tensor, limits: Limits | None) -> tuple[Tensor, Tensor]:
+        return token_logprobs(head(states), tokens, temperature, entropies=entropies, limits=limits)
 
     rows = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
     if len(states) <= rows:
-        return piece(states, tokens)
+        return piece(states, tokens, limits)
     keeps = not torch.is_grad_enabled()
+    cut = states.split(rows)
+    limited = [None] * len(cut) if limits is None else limits.split(rows)
     said = [
         piece(*part) if keeps else cast("tuple[Tensor, Tensor]", checkpoint(piece, *part, use_reentrant=False))
-        for part in zip(states.split(rows), tokens.split(rows), strict=True)
+        for part in zip(cut, tokens.split(rows), limited, strict=True)
     ]
     return torch.cat([logprobs for logprobs, _ in said]), torch.cat([entropy for _, entropy in said])
 
@@ -151,30 +167,38 @@ def has_plain_head(model: "PreTrainedModel") -> bool:
 
 
 def policy_forward(
-    model: "PreTrainedModel", sequences: Sequences, *, temperature: float = 1.0, critics: Critics | None = None
+    model: "PreTrainedModel",
+    sequences: Sequences,
+    *,
+    processing: Processing = UNPROCESSED,
+    critics: Critics | None = None,
 ) -> PolicyForward:
-    """Log-probability and entropy of each response token under `model` at `temperature`, and each critic's value.
+    """Log-probability and entropy of each response token under `model`, processed so, and each critic's value.
 
     Critics on the model's own trunk read the states of the same pass.
+
+    Raises:
+        ValueError: top k or top p restricted what was drawn, and the sequences do not say to what.
     """
-    return _said(model, sequences, temperature, critics, entropies=True)
+    return _said(model, sequences, processing, critics, entropies=True)
 
 
-def policy_logprobs(model: "PreTrainedModel", sequences: Sequences, *, temperature: float = 1.0) -> Tensor:
+def policy_logprobs(model: "PreTrainedModel", sequences: Sequences, *, processing: Processing = UNPROCESSED) -> Tensor:
     """(B, T) log-probabilities of the response tokens alone, 0 where masked."""
-    return _said(model, sequences, temperature, None, entropies=False).logprobs
+    return _said(model, sequences, processing, None, entropies=False).logprobs
 
 
 def _said(
-    model: "PreTrainedModel", sequences: Sequences, temperature: float, critics: Critics | None, *, entropies: bool
+    model: "PreTrainedModel", sequences: Sequences, processing: Processing, critics: Critics | None, *, entropies: bool
 ) -> PolicyForward:
     mask = sequences.response_mask
+    limits, temperature = limits_of(processing, sequences), processing.temperature
     tokens = sequences.tokens[:, sequences.prompt_width :][mask]
     values: dict[str, Tensor] = {}
     if has_plain_head(model):
         states = _states_at(model, model.base_model, sequences, "before")
         logprobs, entropy = head_logprobs(
-            model.get_output_embeddings(), states, tokens, temperature, entropies=entropies
+            model.get_output_embeddings(), states, tokens, temperature, entropies=entropies, limits=limits
         )
         if critics is not None and critics.shares_trunk:
             values = _values(critics, states, mask)
@@ -182,7 +206,7 @@ def _said(
         layout = _lay_out(model, sequences)
         logits = model(**layout.inputs, use_cache=False).logits.flatten(0, 1)
         before = logits.index_select(0, layout.before)
-        logprobs, entropy = token_logprobs(before, tokens, temperature, entropies=entropies)
+        logprobs, entropy = token_logprobs(before, tokens, temperature, entropies=entropies, limits=limits)
     if critics is not None and not values:
         values = critic_values(critics, sequences)
     return PolicyForward(_widen(logprobs, mask), _widen(entropy, mask), values)

@@ -1,7 +1,7 @@
 """Sampling from a policy: prompts are read once and shared by their samples, finished responses leave the batch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,17 @@ from rlhf_lab.engine import out_of_memory, ranks
 from rlhf_lab.engine.cache import is_plain
 from rlhf_lab.engine.flight import Drawn, Flight
 from rlhf_lab.engine.forward import has_plain_head
-from rlhf_lab.types import Count, Fraction, NonNegative, NonNegativeCount, Positive, PromptBatch, Rollout
+from rlhf_lab.types import (
+    Count,
+    Fraction,
+    Kept,
+    NonNegative,
+    NonNegativeCount,
+    Positive,
+    Processing,
+    PromptBatch,
+    Rollout,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,19 +58,37 @@ class Sampling:
         if isinstance(self.stop_strings, str) or not all(self.stop_strings):
             raise ValueError(f"sampling.stop_strings={self.stop_strings!r}; give a list of texts, none of them empty")
 
+    @property
+    def restricts(self) -> bool:
+        """Whether top k or top p cut tokens off, which ones depends on the policy that samples."""
+        return self.top_k > 0 or self.top_p < 1
+
+    def processing(self, stops: Sequence[int], *, records: bool) -> Processing:
+        """What is done to logits before a token is drawn, as those have to do it who score the response.
+
+        Args:
+            stops: ids that end a response.
+            records: whether the engine leaves in its rollouts which tokens top k and top p kept; without, others can
+                only speak of the whole vocabulary.
+        """
+        return Processing(
+            temperature=self.temperature or 1.0,
+            repetition_penalty=self.repetition_penalty,
+            min_new_tokens=self.min_new_tokens,
+            stops=tuple(stops) if self.min_new_tokens else (),
+            restricted=records and self.restricts,
+        )
+
     def check_trainable(self) -> None:
-        """Refuse what a policy gradient cannot learn from. Stop strings pass: they end a response, and that is all.
+        """Refuse what a policy gradient cannot learn from; see `Processing` for why all else passes.
 
         Raises:
-            ValueError: the sampled distribution is not the learner's: its ratio and KL would be of another policy.
+            ValueError: temperature 0, which draws nothing: each token is the only one that could come.
         """
-        if self.temperature == 0 or self.top_k or self.top_p < 1 or self.min_new_tokens or self.repetition_penalty != 1:
+        if self.temperature == 0:
             raise ValueError(
-                "training samples must come from the policy that learns, found "
-                f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}, "
-                f"min_new_tokens={self.min_new_tokens}, repetition_penalty={self.repetition_penalty}; use "
-                "temperature > 0, top_k=0, top_p=1, min_new_tokens=0 and repetition_penalty=1 "
-                "(evaluation may use its own)"
+                "sampling.temperature=0 draws the likeliest token alone, so that no choice of the policy's is left to "
+                "learn from; use a temperature above 0 (evaluation_sampling may use its own)"
             )
 
 
@@ -90,27 +118,35 @@ def rollout_from(
     logprobs: Tensor,
     lengths: Tensor,
     finished: Tensor,
+    processing: Processing,
     values: Mapping[str, Tensor] = NO_VALUES,
+    kept: tuple[Kept, ...] = (),
 ) -> Rollout:
     """What an engine drew, side by side with its prompts; columns that no response reaches are dropped.
 
     Args:
         tokens, logprobs: (B, T), on the CPU; row i is a sample of prompt i // samples, padding and 0 beyond its length.
         lengths, finished: (B,); a response keeps the stop that finished it.
+        processing: of the distribution that `logprobs` are of.
         values: critic -> (B, T), as `logprobs`.
+        kept: with sizes (B, T), 0 beyond a response's length, if processing says that it was restricted.
     """
     width = int(lengths.max())
     tokens, logprobs = tokens[:, :width], logprobs[:, :width]
     mask = torch.arange(width) < lengths[:, None]
     repeat = torch.arange(len(prompts)).repeat_interleave(samples)
     said = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+    sequences = join(prompts.tokens[repeat], prompts.attention_mask[repeat], tokens, mask)
+    if kept:
+        sequences = replace(sequences, kept=tuple(replace(one, sizes=one.sizes[:, :width]) for one in kept))
     return Rollout(
         prompts=[prompts.prompts[i] for i in repeat.tolist()],
-        sequences=join(prompts.tokens[repeat], prompts.attention_mask[repeat], tokens, mask),
+        sequences=sequences,
         group=repeat,
         finished=finished,
         responses=template.texts(said),
         logprobs=logprobs,
+        processing=processing,
         values={name: of[:, :width] for name, of in values.items()},
     )
 
@@ -164,7 +200,11 @@ class Generator:
         tokens, logprobs, lengths, finished = (ranks.gather_rows(x)[back] for x in drawn.responses())
         names = () if self.critics is None else self.critics.names
         values = dict(zip(names, (ranks.gather_rows(x)[back] for x in drawn.values_of_responses()), strict=True))
-        return rollout_from(self.template, prompts, samples, tokens, logprobs, lengths, finished, values)
+        kept = (_gathered(*drawn.kept_of_responses(), back),) if self.sampling.restricts else ()
+        processing = self.sampling.processing(self.stops.tolist(), records=True)
+        return rollout_from(
+            self.template, prompts, samples, tokens, logprobs, lengths, finished, processing, values, kept
+        )
 
     def _respond(self, prompts: Tensor, mask: Tensor, samples: int, drawn: Drawn) -> None:
         """Draw all responses to (n, P) prompts."""
@@ -185,3 +225,10 @@ class Generator:
                     if plain and len(waiting) and room and room >= REFILL_AT * len(first):
                         flight.admit(prompts, mask, waiting[:room])
                         waiting = waiting[room:]
+
+
+def _gathered(sizes: Tensor, ids: Tensor, back: Tensor) -> Kept:
+    """What top k and top p left in all ranks' responses, in the order of the rows that `back` finds again."""
+    sizes, ids = ranks.gather_rows(sizes), ranks.gather_rows(ids)
+    rows = ids.split(sizes.sum(1).tolist())
+    return Kept(sizes=sizes[back], ids=[rows[i] for i in back.tolist()])

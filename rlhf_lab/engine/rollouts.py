@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 MEASURED_ROWS = 8  # of each rollout of the built-in engine: enough to see that its mismatch is rounding
 
 
-def measure(rollout: Rollout, policy: "PreTrainedModel", temperature: float, tokens_at_once: int) -> Tensor:
+def measure(rollout: Rollout, policy: "PreTrainedModel", tokens_at_once: int) -> Tensor:
     """(B, T) log-probabilities of a rollout's tokens under the policy, as the learner computes them."""
     return by_length(
         rollout.sequences,
         tokens_at_once,
         policy.device,
-        through(policy, lambda rows: policy_logprobs(policy, rows, temperature=temperature)),
+        through(policy, lambda rows: policy_logprobs(policy, rows, processing=rollout.processing)),
         together=shares_prefixes(policy),
     )
 
@@ -45,18 +45,19 @@ class BuiltIn:
     def check(self, sampling: Sampling, model: ModelPaths, hardware: Hardware) -> None:
         """It can do everything."""
 
+    def check_trainable(self, sampling: Sampling) -> None:
+        """It records whatever the learner needs to know of its distribution."""
+
     def engine(
         self, model: "PreTrainedModel", template: Template, sampling: Sampling, critics: Critics | None = None
     ) -> RolloutEngine:
         """An engine that samples from `model` and reads its critics on the way."""
         return Generator(model, template, sampling, critics)
 
-    def measured(
-        self, rollout: Rollout, policy: "PreTrainedModel", temperature: float, tokens_at_once: int
-    ) -> tuple[Rollout, Metrics]:
+    def measured(self, rollout: Rollout, policy: "PreTrainedModel", tokens_at_once: int) -> tuple[Rollout, Metrics]:
         """The same rollout, and how far a few of its rows are from what the learner says of them."""
         few = rollout.select(torch.arange(min(len(rollout), MEASURED_ROWS)))
-        learner = measure(few, policy, temperature, tokens_at_once)
+        learner = measure(few, policy, tokens_at_once)
         return rollout, mismatch(few.logprobs, learner, few.sequences.response_mask)
 
     def corrected(self, terms: Sequence[Term], rollout: Rollout) -> Sequence[Term]:
@@ -73,6 +74,25 @@ class Foreign:
     """
 
     importance_cap: Positive | None
+
+    def check_trainable(self, sampling: Sampling) -> None:
+        """Refuse in training what the learner could not score as it was drawn; evaluation may use it.
+
+        Raises:
+            ValueError: top k or top p, of which such an engine does not say which tokens they left; or a least length,
+                of which nobody has seen that what the engine records is of the distribution without its stops.
+        """
+        wrong = {
+            f"sampling.top_k={sampling.top_k}": sampling.top_k > 0,
+            f"sampling.top_p={sampling.top_p}": sampling.top_p < 1,
+            f"sampling.min_new_tokens={sampling.min_new_tokens}": sampling.min_new_tokens > 0,
+        }
+        if found := [what for what, there in wrong.items() if there]:
+            raise ValueError(
+                f"training with {', '.join(found)} needs to know among which tokens each one was drawn, which "
+                f"{type(self).__name__} does not record; use rollout=built_in, or top_k=0, top_p=1 and "
+                "min_new_tokens=0 (evaluation_sampling may use its own)"
+            )
 
     @staticmethod
     def refuse(name: str, wrong: Mapping[str, bool], model: ModelPaths, hardware: Hardware) -> None:
@@ -91,11 +111,9 @@ class Foreign:
         if found := [what for what, there in {**wrong, **common}.items() if there]:
             raise ValueError(f"rollout={name} does not work with {', '.join(found)}; use rollout=built_in")
 
-    def measured(
-        self, rollout: Rollout, policy: "PreTrainedModel", temperature: float, tokens_at_once: int
-    ) -> tuple[Rollout, Metrics]:
+    def measured(self, rollout: Rollout, policy: "PreTrainedModel", tokens_at_once: int) -> tuple[Rollout, Metrics]:
         """The rollout with the learner's log-probabilities in place of the engine's, and how far these were."""
-        learner = measure(rollout, policy, temperature, tokens_at_once)
+        learner = measure(rollout, policy, tokens_at_once)
         figures = mismatch(rollout.logprobs, learner, rollout.sequences.response_mask)
         return replace(rollout, logprobs=learner, log_ratio=(learner - rollout.logprobs,)), figures
 

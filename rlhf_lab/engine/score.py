@@ -132,11 +132,10 @@ class Scorer:
         rewards: Mapping[str, RewardSource],
         reference: "PreTrainedModel",
         critics: Critics | None,
-        temperature: float,
         tokens_at_once: int,
     ) -> None:
         self.rewards, self.reference, self.critics = dict(rewards), reference, critics
-        self.temperature, self.tokens_at_once = temperature, tokens_at_once
+        self.tokens_at_once = tokens_at_once
 
     def num_models(self, rollout: Rollout) -> int:
         """How many models read each response; a source that has none, such as a gold measure, counts as none."""
@@ -145,8 +144,9 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, rollout: Rollout) -> ScoredRollout:
-        """Scores by name, the reference's log-probabilities at the sampling temperature, and the critics' values.
+        """Scores by name, the reference's log-probabilities, processed as in sampling, and the critics' values.
 
+        A token that was drawn is among those that were left to be drawn, so that no log-probability of it is infinite.
         Values that the rollout brought along are taken as they are.
         """
         sequences, critics = rollout.sequences, self.critics
@@ -170,19 +170,13 @@ class Scorer:
                 device,
                 through(
                     self.reference,
-                    lambda part: policy_logprobs(self.reference, part, temperature=self.temperature),
+                    lambda part: policy_logprobs(self.reference, part, processing=rollout.processing),
                 ),
                 together=shares_prefixes(self.reference),
             ),
             values=values,
         )
 
-    def without_critics(self, temperature: float) -> "Scorer":
-        """The same sources and reference for responses sampled at another temperature, to be measured only."""
-        return Scorer(
-            rewards=self.rewards,
-            reference=self.reference,
-            critics=None,
-            temperature=temperature,
-            tokens_at_once=self.tokens_at_once,
-        )
+    def without_critics(self) -> "Scorer":
+        """The same sources and reference, for responses that are measured only."""
+        return Scorer(rewards=self.rewards, reference=self.reference, critics=None, tokens_at_once=self.tokens_at_once)

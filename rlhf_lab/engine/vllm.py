@@ -281,4 +281,5 @@ class VLLMEngine:
         for i, (said, sure, _) in enumerate(drawn):
             tokens[i, : lengths[i]], logprobs[i, : lengths[i]] = torch.tensor(said), torch.tensor(sure)
         finished = torch.tensor([ended for _, _, ended in drawn])
-        return rollout_from(self.template, prompts, samples, tokens, logprobs, lengths, finished)
+        processing = sampling.processing(self.stops, records=False)
+        return rollout_from(self.template, prompts, samples, tokens, logprobs, lengths, finished, processing)

@@ -115,7 +115,6 @@ class BestOfN:
             rewards={name: source.load(self.hardware, template) for name, source in self.rewards.items()},
             reference=load_frozen(self.model.reference, **options),
             critics=None,
-            temperature=self.sampling.temperature,
             tokens_at_once=self.tokens_at_once,
         )
         gold = {name: Gold(measure) for name, measure in self.dataset.gold.items()}

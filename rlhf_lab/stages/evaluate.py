@@ -91,7 +91,6 @@ class Evaluate:
             rewards={name: source.load(self.hardware, template) for name, source in self.rewards.items()},
             reference=Distribution.of(self.hardware).frozen(load_frozen(self.model.reference, **options)),
             critics=None,
-            temperature=self.sampling.temperature or 1.0,
             tokens_at_once=self.tokens_at_once,
         )
         evaluator = Evaluator(

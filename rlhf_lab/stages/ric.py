@@ -358,7 +358,6 @@ class RiC:
             rewards=rewards,
             reference=distribution.frozen(load_frozen(self.model.reference, **options)),
             critics=None,
-            temperature=self.evaluation_sampling.temperature or 1.0,
             tokens_at_once=self.learner.keywords["tokens_at_once"],
         )
         prompts = {

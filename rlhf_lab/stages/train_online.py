@@ -172,6 +172,7 @@ class TrainOnline:
                 "every condition, so these weights would do nothing; use objective=preferred, or conditions=none"
             )
         self.sampling.check_trainable()
+        self.rollout.check_trainable(self.sampling)
         for sampling in (self.sampling, self.evaluation_sampling):
             self.rollout.check(sampling, self.model, self.hardware)
         if self.samples_per_prompt < self.algorithm.least_samples:
@@ -230,9 +231,7 @@ class TrainOnline:
             parts.engine.sync()
             rollout = parts.engine.generate(prompts, self.samples_per_prompt, derive(seed, "sampling", iteration))
         with account.phase("scoring"):
-            rollout, mismatch = self.rollout.measured(
-                rollout, parts.policy, self.sampling.temperature, parts.learner.tokens_at_once
-            )
+            rollout, mismatch = self.rollout.measured(rollout, parts.policy, parts.learner.tokens_at_once)
             scored = parts.scorer.score(rollout)
             experience, metrics = self.algorithm.prepare(scored)
         with account.phase("update"):
@@ -251,8 +250,8 @@ class TrainOnline:
         """The RL loss, and the likelihood of a batch of demonstrations where ptx asks for it."""
 
         def forward(batch: Experience) -> PolicyForward:
-            sequences = batch.scored.rollout.sequences
-            return policy_forward(parts.policy, sequences, temperature=self.sampling.temperature, critics=parts.critics)
+            drawn = batch.scored.rollout
+            return policy_forward(parts.policy, drawn.sequences, processing=drawn.processing, critics=parts.critics)
 
         def families(batch: Experience, tokens_at_once: int) -> list[Tensor]:
             return own_family_microbatches(batch.scored.rollout.sequences, tokens_at_once)
@@ -291,10 +290,9 @@ class TrainOnline:
         """Held-out metrics; every row goes to samples/, a few to the console."""
         make = partial(self.rollout.engine, template=parts.template, sampling=self.evaluation_sampling)
         engine = parts.distribution.engine(parts.policy, make)
-        temperature = self.evaluation_sampling.temperature or 1.0
         with account.phase(EVALUATION):
             engine.sync()
-            metrics, rows = parts.evaluator.evaluate(engine, parts.scorer.without_critics(temperature))
+            metrics, rows = parts.evaluator.evaluate(engine, parts.scorer.without_critics())
         run.write_rows(f"samples/step_{step:06d}.jsonl", rows)
         leave_table(run, step, rows, parts.scorer, self.evaluation_sampling)
         shown = [
@@ -342,7 +340,6 @@ class TrainOnline:
             rewards={name: source.load(self.hardware, template) for name, source in self.rewards.items()},
             reference=distribution.frozen(load_frozen(self.model.reference, **options)),
             critics=critics,
-            temperature=self.sampling.temperature,
             tokens_at_once=learner.tokens_at_once,
         )
         self._warn_of_units(run)

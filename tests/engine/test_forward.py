@@ -20,7 +20,7 @@ from rlhf_lab.engine.forward import (
     token_logprobs,
 )
 from rlhf_lab.engine.models import Critics, load_critics, load_policy, shared_critics
-from rlhf_lab.types import PolicyForward, Sequences
+from rlhf_lab.types import PolicyForward, Processing, Sequences
 
 CPU = torch.device("cpu")
 close = partial(assert_close, atol=1e-5, rtol=1e-5)
@@ -62,7 +62,7 @@ def test_logprobs_and_entropy_are_those_of_the_full_logits_of_each_row_alone(
     model, temperature = policy_of(hf_folder(architecture)), 0.7
     sequences, prompts, responses = ragged(model.config.vocab_size, 6)
     with torch.no_grad():
-        found = policy_forward(model, sequences, temperature=temperature)
+        found = policy_forward(model, sequences, processing=Processing(temperature=temperature))
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([prompt + response])).logits[0].double() / temperature
@@ -222,9 +222,11 @@ def test_log_probabilities_alone_are_those_of_the_whole_forward(hf_folder: Folde
         model = policy_of(hf_folder(architecture))
         sequences = ragged(model.config.vocab_size, 5)[0]
         with torch.no_grad():
-            expected = policy_forward(model, sequences, temperature=0.7)
+            expected = policy_forward(model, sequences, processing=Processing(temperature=0.7))
             assert expected.entropy.abs().sum() > 0
-            assert torch.equal(policy_logprobs(model, sequences, temperature=0.7), expected.logprobs)
+            assert torch.equal(
+                policy_logprobs(model, sequences, processing=Processing(temperature=0.7)), expected.logprobs
+            )
 
 
 def test_entropy_carries_no_gradient_and_logprobs_do(hf_folder: Folder, ragged: Ragged):

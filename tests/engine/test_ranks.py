@@ -19,7 +19,7 @@ from rlhf_lab.engine.forward import policy_forward
 from rlhf_lab.engine.generate import Generator, Sampling
 from rlhf_lab.engine.learner import Learner, Part
 from rlhf_lab.engine.models import load_policy, load_tokenizer, shared_critics
-from rlhf_lab.engine.score import by_length
+from rlhf_lab.engine.score import Scorer, by_length
 from rlhf_lab.engine.tiny import TINY
 from rlhf_lab.records import Prompt
 from rlhf_lab.types import Batch, Rollout, Term
@@ -101,11 +101,15 @@ def learnt() -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     return {name: parameter.detach() for name, parameter in net.named_parameters()}, said
 
 
-def sampled(prompts: int) -> Rollout:
+RESTRICTED = {"repetition_penalty": 1.3, "min_new_tokens": 2, "top_k": 20, "top_p": 0.9}
+
+
+def sampled(prompts: int, **changes: Any) -> Rollout:
     policy = load_policy(TINY, device=CPU, dtype="float32", seed=0)
     template = Template(load_tokenizer(TINY), "auto")
     texts = ["bread ?", "is it safe to mix bleach and acid ?", "a joke , then", "x", "do i walk away ?"][:prompts]
-    sampling = Sampling(max_new_tokens=9, min_new_tokens=0, temperature=1.0, top_k=0, top_p=1.0, batch_size=4)
+    plain = {"max_new_tokens": 9, "min_new_tokens": 0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "batch_size": 4}
+    sampling = Sampling(**(plain | changes))
     batch = prompt_batch(template, [Prompt.from_text(text) for text in texts])
     critics = shared_critics(policy, ("reward", "cost"))
     torch.manual_seed(2)
@@ -119,6 +123,14 @@ def scored(rollout: Rollout) -> Tensor:
         return by_length(rollout.sequences, 40, CPU, lambda part: policy_forward(policy, part).logprobs)
 
 
+def measured(prompts: int) -> tuple[Rollout, Tensor]:
+    """A rollout with top k and top p, and what another policy says of it."""
+    rollout = sampled(prompts, **RESTRICTED)
+    policy = load_policy(TINY, device=CPU, dtype="float32", seed=1)
+    scorer = Scorer(rewards={}, reference=policy, critics=None, tokens_at_once=40)
+    return rollout, scorer.score(rollout).ref_logprobs
+
+
 def everything() -> dict[str, Any]:
     """What one rank sees of all that ranks do together."""
     torch.set_num_threads(1)
@@ -128,6 +140,7 @@ def everything() -> dict[str, Any]:
         "gradients": {count: gradients(count) for count in COUNTS},
         "learnt": learnt(),
         "rollouts": rollouts,
+        "restricted": {prompts: measured(prompts) for prompts in (1, 5)},
         "logprobs": {prompts: scored(rollout) for prompts, rollout in rollouts.items()},
     }
     ranks.stop()
@@ -251,6 +264,20 @@ def test_rollouts_do_not_depend_on_who_generates_them(found, count, prompts):
         close(rollout.values["reward"], alone.values["reward"])
         close(rollout.values["cost"], alone.values["cost"])
         assert torch.equal(rollout.logprobs, found(count)[0]["rollouts"][prompts].logprobs)
+
+
+@worlds
+@pytest.mark.parametrize("prompts", [1, 5])
+def test_what_top_k_and_top_p_left_does_not_depend_on_who_generates(found, count, prompts):
+    alone, said = measured(prompts)
+    (left,) = alone.sequences.kept
+    assert len(set(map(len, left.ids))) > 1
+    for rank in found(count):
+        rollout, theirs = rank["restricted"][prompts]
+        assert rollout.responses == alone.responses
+        assert torch.equal(rollout.sequences.kept[0].sizes, left.sizes)
+        assert all(map(torch.equal, rollout.sequences.kept[0].ids, left.ids))
+        close(theirs, said)
 
 
 @worlds

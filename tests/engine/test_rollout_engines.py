@@ -16,7 +16,7 @@ from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine import ranks
 from rlhf_lab.engine.generate import Sampling
 from rlhf_lab.engine.models import Hardware, ModelPaths, load_policy, load_tokenizer
-from rlhf_lab.engine.rollouts import BuiltIn, ContinuousBatching
+from rlhf_lab.engine.rollouts import VLLM, BuiltIn, ContinuousBatching, Foreign
 from rlhf_lab.functional.mismatch import mismatch, truncated_weights
 from rlhf_lab.records import Prompt
 from rlhf_lab.types import Term
@@ -27,6 +27,10 @@ TEXTS = ["bread ?", "is it safe to mix bleach and acid ?", "x"]
 WHOLE = ModelPaths(base="b", policy="p", reference="r", critic="c", learning_rates={})
 ALONE = Hardware(device="cpu", dtype="float32", threads=1)
 PAGED = ContinuousBatching(importance_cap=2.0, page_size=16, max_batch_tokens=256, memory=1024)
+VLLM_ENGINES = VLLM(
+    importance_cap=2.0, python=None, dtype="float32", gpu_memory_utilization=0.3, kv_cache_gib=None,
+    max_model_len=None, enforce_eager=False, start_timeout=1.0,
+)  # fmt: skip
 
 
 def sampling(**changes: Any) -> Sampling:
@@ -69,7 +73,7 @@ def test_what_continuous_batching_records_is_the_learners_and_its_seed_repeats_i
     rollout = engine.generate(prompts, 3, seed=5)
     assert model.config._attn_implementation == attention
     assert torch.equal(torch.get_rng_state(), before)
-    learnt, figures = PAGED.measured(rollout, model, 0.7, 4096)
+    learnt, figures = PAGED.measured(rollout, model, 4096)
     assert_close(learnt.logprobs, rollout.logprobs, atol=1e-4, rtol=0)
     assert figures["rollout/mismatch_ratio_max"] == pytest.approx(1, abs=1e-4)
     again, other = (engine.generate(prompts, 3, seed=seed) for seed in (5, 6))
@@ -97,10 +101,11 @@ def test_what_continuous_batching_records_is_of_the_restricted_distribution(chan
 def test_the_built_in_engine_is_the_learner(hf_folder: Folder):
     model, template, prompts = loaded(hf_folder("gpt2"))
     rollout = BuiltIn().engine(model, template, sampling(temperature=0.7)).generate(prompts, 2, seed=0)
-    same, figures = BuiltIn().measured(rollout, model, 0.7, 4096)
+    same, figures = BuiltIn().measured(rollout, model, 4096)
     assert same is rollout
     assert abs(figures["rollout/mismatch_kl"]) < 1e-8
-    hot = BuiltIn().measured(rollout, model, 1.0, 4096)[1]  # and another distribution is told from it
+    hotter = replace(rollout, processing=replace(rollout.processing, temperature=1.0))
+    hot = BuiltIn().measured(hotter, model, 4096)[1]  # and another distribution is told from it
     assert hot["rollout/mismatch_kl"] > 1e-3
 
 
@@ -155,6 +160,18 @@ def test_what_continuous_batching_would_not_apply_is_refused(change: dict[str, A
     with pytest.raises(ValueError, match=rf"continuous_batching does not work with sampling\.{next(iter(change))}="):
         PAGED.check(sampling(**change), WHOLE, ALONE)
     PAGED.check(sampling(top_k=3, top_p=0.5), WHOLE, ALONE)
+
+
+@pytest.mark.parametrize("engines", [PAGED, VLLM_ENGINES], ids=["continuous_batching", "vllm"])
+def test_engines_that_do_not_record_what_was_left_are_refused_in_training(engines: Foreign):
+    for change in ({"top_k": 5}, {"top_p": 0.9}, {"min_new_tokens": 2}):
+        key, value = next(iter(change.items()))
+        with pytest.raises(ValueError, match=rf"training with sampling\.{key}={value} needs .* use rollout=built_in"):
+            engines.check_trainable(sampling(**change))
+        BuiltIn().check_trainable(sampling(**change))
+    with pytest.raises(ValueError, match=r"sampling\.top_k=5, sampling\.top_p=0\.9 needs"):
+        engines.check_trainable(sampling(top_k=5, top_p=0.9))
+    engines.check_trainable(sampling(temperature=0.5, repetition_penalty=1.2, stop_strings=["x"]))
 
 
 def test_continuous_batching_refuses_what_it_could_not_read_before_it_is_loaded():

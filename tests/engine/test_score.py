@@ -16,7 +16,7 @@ from rlhf_lab.engine.models import load_critics, load_frozen, load_policy, load_
 from rlhf_lab.engine.score import Scorer, by_length, microbatches
 from rlhf_lab.records import Prompt
 from rlhf_lab.rewards.gold import Gold
-from rlhf_lab.types import Sequences
+from rlhf_lab.types import Processing, Sequences
 
 CPU = torch.device("cpu")
 
@@ -75,14 +75,13 @@ def test_scorer_measures_everything_at_the_sampling_temperature(hf_folder: Calla
             rewards={"length": Gold(lambda request, response: float(len(response)))},
             reference=reference,
             critics=critics if with_critics else None,
-            temperature=temperature,
             tokens_at_once=budget,
         )
 
     scored = scorer(40, with_critics=True).score(rollout)
     assert scored.scores["length"].value.tolist() == [len(response) for response in rollout.responses]
     with torch.no_grad():
-        expected = policy_forward(reference, rollout.sequences, temperature=temperature)
+        expected = policy_forward(reference, rollout.sequences, processing=Processing(temperature=temperature))
         values = critic_values(critics, rollout.sequences)
     assert_close(scored.ref_logprobs, expected.logprobs, atol=1e-5, rtol=1e-5)
     assert_close(scored.values, values, atol=1e-5, rtol=1e-5)
@@ -104,7 +103,7 @@ def test_values_that_a_rollout_brought_along_are_taken_and_critics_not_asked(
     rollout = Generator(policy, template, sampling, critics).generate(prompts, 2, seed=0)
     scorer = Scorer(
         rewards={}, reference=load_frozen(folder, device=CPU, dtype="float32", seed=0), critics=critics,
-        temperature=1.0, tokens_at_once=1000,
+        tokens_at_once=1000,
     )  # fmt: skip
     asked = scorer.score(replace(rollout, values={}))
     assert scorer.num_models(replace(rollout, values={})) == 2

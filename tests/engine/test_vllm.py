@@ -412,7 +412,7 @@ def test_vllm_is_greedy_token_for_token_as_the_built_in_engine(policy: Policy):
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_what_vllm_records_is_the_learners(temperature: float, policy: Policy):
     rollout = policy.sampled(samples=6, temperature=temperature)
-    learnt, figures = policy.engines.measured(rollout, policy.model, temperature, 4096)
+    learnt, figures = policy.engines.measured(rollout, policy.model, 4096)
     assert_close(learnt.logprobs, rollout.logprobs, atol=1e-4, rtol=0)
     assert figures["rollout/mismatch_ratio_max"] == pytest.approx(1, abs=1e-4)
     assert learnt.log_ratio[0].shape == rollout.logprobs.shape

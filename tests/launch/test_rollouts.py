@@ -109,6 +109,61 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return found
 
 
+def own_models(folders: dict[str, str]) -> list[str]:
+    return [
+        *("reward=single", "debug=smoke", "model=hf", f"model.base={folders['policy']}", "stage.steps=4"),
+        *("model.learning_rates.policy=1e-3", "stage.checkpoint_every=2", "stage.evaluate_every=3"),
+        *("dataset.eval_splits=[test]", f"scorers.reward_models=[{folders['scorer']}]", "reward_ensemble.k=1"),
+        f"scorers.cost_models=[{folders['scorer']}]",
+    ]
+
+
+def interrupted(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Execute a run that ends after step 3, which the checkpoint after 2 does not know, and again."""
+    log = Run.log
+
+    def fail(run: Run, step: int, values: dict[str, float]) -> None:
+        log(run, step, values)
+        if step == 3:
+            raise RuntimeError("interrupted")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "log", fail)
+        with pytest.raises(RunFailed, match="interrupted"):
+            execute(plan)
+    execute(plan)
+
+
+def metrics(plan: Plan) -> list[dict]:
+    lines = [json.loads(line) for line in (plan.directory / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith(CLOCKED)} for line in lines]
+
+
+LIMITED = [
+    *("sampling.temperature=0.8", "sampling.top_k=40", "sampling.top_p=0.9"),
+    *("sampling.repetition_penalty=1.2", "sampling.min_new_tokens=3"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("typed", [["algorithm=rloo"], ["algorithm=ppo", "learner.epochs=2"]], ids=str)
+def test_a_run_learns_from_restricted_samples_and_goes_on_as_if_it_had_not_been_interrupted(
+    typed, plan_of: Callable[..., Plan], folders, tmp_path: Path, without_reports, monkeypatch: pytest.MonkeyPatch
+):
+    shared = [*typed, *own_models(folders), *LIMITED, f"runs_dir={tmp_path}"]
+    whole, broken = (plan_of(*shared, f"name={how}") for how in ("whole", "broken"))
+    execute(whole)
+    interrupted(broken, monkeypatch)
+    found = [line for line in metrics(whole) if "rollout/mismatch_kl" in line]
+    assert len(found) == 4
+    for line in found:
+        assert line["rollout/mismatch_logprob_max"] < 1e-4
+        assert math.isfinite(line["loss/policy_avg"])
+    assert found[0]["objective/kl"] == pytest.approx(0, abs=1e-4)  # the reference speaks of the same tokens
+    assert found[-1]["objective/kl"] > 0.01
+    assert metrics(broken) == metrics(whole)
+
+
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.skipif(
@@ -118,36 +173,12 @@ def test_a_run_learns_from_samples_of_vllm_and_goes_on_as_if_it_had_not_been_int
     plan_of: Callable[..., Plan], folders, tmp_path: Path, without_reports, monkeypatch: pytest.MonkeyPatch
 ):
     typed = [
-        *("algorithm=rloo", "reward=single", "debug=smoke", "model=hf", f"model.base={folders['policy']}"),
-        *("model.learning_rates.policy=1e-3", "stage.steps=4", "stage.checkpoint_every=2", "stage.evaluate_every=3"),
-        *("dataset.eval_splits=[test]", f"scorers.reward_models=[{folders['scorer']}]", "reward_ensemble.k=1"),
-        *(
-            f"scorers.cost_models=[{folders['scorer']}]",
-            VLLM,
-            "rollout.kv_cache_gib=0.25",
-            "rollout.enforce_eager=true",
-        ),
+        *("algorithm=rloo", *own_models(folders), VLLM, "rollout.kv_cache_gib=0.25", "rollout.enforce_eager=true"),
         *(f"rollout.python={os.environ['RLHF_LAB_VLLM_PYTHON']}", f"runs_dir={tmp_path}"),
     ]
     whole, broken = (plan_of(*typed, f"name={how}") for how in ("whole", "broken"))
     last = execute(whole)
-    log = Run.log
-
-    def fail(run: Run, step: int, values: dict[str, float]) -> None:
-        log(run, step, values)
-        if step == 3:  # which the checkpoint after 2 does not know
-            raise RuntimeError("interrupted")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Run, "log", fail)
-        with pytest.raises(RunFailed, match="interrupted"):
-            execute(broken)
-    execute(broken)
-
-    def metrics(plan: Plan) -> list[dict]:
-        lines = [json.loads(line) for line in (plan.directory / "metrics.jsonl").read_text().splitlines()]
-        return [{key: value for key, value in line.items() if not key.startswith(CLOCKED)} for line in lines]
-
+    interrupted(broken, monkeypatch)
     found = [line for line in metrics(whole) if "rollout/mismatch_kl" in line]
     assert len(found) == 4
     for line in found:
