@@ -42,11 +42,10 @@ def _map(value: Any, change: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Processing:
-    """How a policy's logits become the distribution that its tokens are drawn from, and so are scored under.
+    """How a model's logits become the distribution that tokens are drawn from, and that they are scored under.
 
-    All but the temperature are settings that say which tokens are likelier or may not come at all. Penalty and least
-    length follow from the tokens before, for any model. Top k and top p do not: what they leave depends on the policy
-    that sampled, so its rollout has the tokens that were left (`Kept`), and all models speak of these alone.
+    Repetition penalty and least length follow from the tokens before, for any model. What top k and top p leave depends
+    on the policy that sampled, so its rollout says what that was (`Kept`), and all models speak of these tokens alone.
     """
 
     temperature: float = 1.0

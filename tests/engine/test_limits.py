@@ -1,6 +1,7 @@
 """What is sampled is what is scored, against a loop over tokens with the logits processors of transformers."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -19,6 +20,7 @@ from transformers import (
 
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
+from rlhf_lab.engine.flight import Drawn
 from rlhf_lab.engine.forward import policy_forward, policy_logprobs
 from rlhf_lab.engine.generate import Generator, Sampling
 from rlhf_lab.engine.models import load_policy, load_tokenizer
@@ -195,10 +197,28 @@ def test_the_record_holds_as_many_tokens_as_were_left_and_the_one_that_was_drawn
             assert token in left.tolist()
 
 
+def test_what_rows_draw_beyond_their_end_until_somebody_looks_is_not_in_the_record():
+    """As on a GPU, where rows that ended go on for a few steps; rows take turns in any order."""
+    stop = 9
+    parts = {"model": SimpleNamespace(device=CPU), "template": SimpleNamespace(pad=0), "critics": None}
+    engine = SimpleNamespace(**parts, sampling=sampling(), stops=torch.tensor([stop]))
+    drawn = Drawn(cast(Generator, engine), torch.zeros(2, 5))
+    record = {(0, 0): [1, 4], (1, 0): [2], (1, 1): [stop, 3], (0, 1): [5, 6, 7], (1, 2): [8], (0, 2): [stop]}
+    record |= {(0, 3): [1], (1, 3): [2]}
+    for (row, column), left in record.items():
+        drawn.tokens[row, column] = stop if stop in left else left[0]
+        kept = torch.zeros(1, 10, dtype=torch.bool).index_fill(1, torch.tensor(left), True)
+        drawn.keep(torch.tensor([row]), torch.tensor([column]), kept)
+    sizes, ids = drawn.kept_of_responses()
+    assert sizes.tolist() == [[2, 3, 1, 0, 0], [1, 2, 0, 0, 0]]
+    assert ids.tolist() == [1, 4, 5, 6, 7, stop, 2, 3, stop]
+
+
 def test_the_first_ratio_is_one_and_the_policy_gradient_that_of_the_expected_reward(hf_folder: Folder):
     """One step, so that every action can be enumerated; the reward of a token is a number of its own."""
     model, template = loaded(hf_folder("llama"))
-    how = sampling(max_new_tokens=1, min_new_tokens=1, repetition_penalty=1.3, temperature=1.6, top_k=8, top_p=0.9)
+    # a penalty below 1 favours what was said, so that tokens of the prompt are among those that are left
+    how = sampling(max_new_tokens=1, min_new_tokens=1, repetition_penalty=0.5, temperature=1.6, top_k=8, top_p=0.9)
     prompts = prompt_batch(template, [Prompt.from_text("is it safe ?")])
     drawn = Generator(model, template, how).generate(prompts, 400, seed=0)
     actions = drawn.sequences.tokens[:, -1]
@@ -210,7 +230,8 @@ def test_the_first_ratio_is_one_and_the_policy_gradient_that_of_the_expected_rew
     assert 3 < len(left) < 9
     logits = model(input_ids=prompts.tokens).logits[0, -1]
     seen = prompts.tokens[0].unique()
-    factor = torch.ones_like(logits).index_fill(0, seen, 1 / 1.3)
+    assert torch.isin(torch.tensor(left), seen).any()
+    factor = torch.ones_like(logits).index_fill(0, seen, 1 / 0.5)
     penalised = torch.where(logits > 0, logits * factor, logits / factor)[list(left)]
     probabilities = (penalised / 1.6).exp() / (penalised / 1.6).exp().sum()
     exact = torch.autograd.grad((probabilities * reward[list(left)]).sum(), [*model.parameters()])

@@ -146,9 +146,16 @@ LIMITED = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("typed", [["algorithm=rloo"], ["algorithm=ppo", "learner.epochs=2"]], ids=str)
+@pytest.mark.parametrize(
+    ("typed", "most"),
+    [
+        (["algorithm=rloo", "learner.minibatch_size=0"], 1e-8),  # one update: the policy is the one that sampled
+        (["algorithm=ppo", "learner.epochs=2"], math.inf),
+    ],
+    ids=["rloo", "ppo"],
+)
 def test_a_run_learns_from_restricted_samples_and_goes_on_as_if_it_had_not_been_interrupted(
-    typed, plan_of: Callable[..., Plan], folders, tmp_path: Path, without_reports, monkeypatch: pytest.MonkeyPatch
+    typed, most, plan_of: Callable[..., Plan], folders, tmp_path: Path, without_reports, monkeypatch
 ):
     shared = [*typed, *own_models(folders), *LIMITED, f"runs_dir={tmp_path}"]
     whole, broken = (plan_of(*shared, f"name={how}") for how in ("whole", "broken"))
@@ -159,6 +166,7 @@ def test_a_run_learns_from_restricted_samples_and_goes_on_as_if_it_had_not_been_
     for line in found:
         assert line["rollout/mismatch_logprob_max"] < 1e-4
         assert math.isfinite(line["loss/policy_avg"])
+        assert line["policy/approxkl_avg"] < most
     assert found[0]["objective/kl"] == pytest.approx(0, abs=1e-4)  # the reference speaks of the same tokens
     assert found[-1]["objective/kl"] > 0.01
     assert metrics(broken) == metrics(whole)
