@@ -82,7 +82,7 @@ class Kept(Batch):
     4 V bytes a response token.
 
     Source: the same set for the policy that samples and the one that learns, "keep sampling mask" of DeepSeek-V3.2,
-    arXiv:2512.02556, section 3.1.
+    arXiv:2512.02556.
     """
 
     sizes: Tensor  # (B, T) int64: how many; 0 where masked
