@@ -179,10 +179,10 @@ class Hardware:
     gradient_checkpointing: bool = False  # layers are computed again in the backward pass: less memory, a third slower
 
     def __post_init__(self) -> None:
-        if self.offload and self.distribution != "fsdp":
-            # DeepSpeed's own offload gave other gradients than one process in our test: LOG.md, 2026-11-30
+        if self.offload and self.distribution == "ddp":
             raise ValueError(
-                f"hardware.offload=true works with hardware=fsdp only, found {self.distribution}; use fsdp, or false"
+                "hardware.offload=true moves shards, but with hardware.distribution=ddp each process holds all "
+                "weights; use hardware=fsdp or zero1 to zero3, or hardware.offload=false"
             )
         needed = ("accelerate", "deepspeed") if self.distribution.startswith("zero") else ()
         if missing := [name for name in needed if find_spec(name) is None]:

@@ -174,8 +174,14 @@ class ZeroTraining(Training):
         return self.entry(call)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        self.engine.set_gradient_accumulation_boundary(last)
+        stage1 = self.distribution.stage == 1
+        # with offload DeepSpeed (0.19.8) steps on no gradients but of parameters that the pass at the boundary reaches,
+        # which may be one loss of several; so it is told of the boundary after that pass, and hands over all gradients
+        self.engine.set_gradient_accumulation_boundary(last and stage1)
         self.engine.backward(loss * ranks.world())  # it averages over the ranks
+        if last and not stage1:
+            self.engine.optimizer.finalize_gradient_accumulation_boundary()
+            self.engine.set_gradient_accumulation_boundary(True)
 
     def clip(self, longest: float) -> dict[str, float]:
         norms = {}
@@ -206,8 +212,25 @@ class ZeroTraining(Training):
             group["lr"] = rates[name]
         self.engine.step()
 
+    @property
+    def _flat(self) -> list[Tensor]:
+        """This rank's weights as AdamW moves them, one tensor or several for each group."""
+        name = "fp32_partitioned_groups_flat" if self.distribution.stage == 3 else "single_partition_of_fp32_groups"
+        return getattr(self.engine.optimizer, name)
+
     def clear(self) -> None:
-        """Each step does it."""
+        """Each step does it, but for buffers that DeepSpeed (0.19.8) keeps from step to step.
+
+        A parameter that the first microbatch does not reach would have what is in them added to its gradient; one that
+        none reaches would have it for a gradient.
+        """
+        zero, stage3 = self.engine.optimizer, self.distribution.stage == 3
+        kept = [zero.grad_partitions_flat_buffer] if stage3 else []
+        if self.distribution.hardware.offload:
+            kept += [cast(Tensor, one.grad) for one in self._flat]
+            kept += [] if stage3 else zero.accumulated_grads_in_cpu.values()
+        for gradient in kept:
+            gradient.zero_()
 
     def moments(self) -> Moments:
         if not self._inner.state:
@@ -230,14 +253,11 @@ class ZeroTraining(Training):
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def restore(self, moments: Moments) -> None:
-        zero = self.engine.optimizer
-        stage3 = self.distribution.stage == 3
-        flat = zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups
         saved = [parameter for parameters in moments.values() for parameter in parameters.values()]
         self._inner.state.clear()
         if not saved:
             return
-        for one in flat:
+        for one in self._flat:
             # a copy: the step is counted in place
             state = {"step": saved[0]["step"].clone(), **{moment: torch.zeros_like(one) for moment in MOMENTS}}
             self._inner.state[one] = state
@@ -247,7 +267,7 @@ class ZeroTraining(Training):
             for key, values in parameters.items():
                 for moment in MOMENTS:
                     p = learnt[key]
-                    if stage3:
+                    if self.distribution.stage == 3:
                         part = self.distribution._part(values[moment], p)
                         safe_set_local_optimizer_state(p, part, moment)
                     else:

@@ -27,7 +27,7 @@ from rlhf_lab.types import Batch, Term
 from tests.launch.test_processes import metrics, ranks_of, started, wait_for
 from tests.marking import at_release
 
-KINDS = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+KINDS = ("ddp", "fsdp", "zero1", "zero2", "zero3", "zero1-offload", "zero2-offload", "zero3-offload")
 TEN_STEPS = ("stage.steps=10", "stage.prompts_per_step=5", "learner.minibatch_size=0", "stage.evaluate_every=0")
 METHODS = {
     "sft": ("algorithm=sft", "stage.batch_size=7"),
@@ -39,8 +39,13 @@ SMOKE = ("debug=smoke",)
 CPU = torch.device("cpu")
 
 
-def hardware(kind: str, **changes: Any) -> Hardware:
-    return Hardware(device="cpu", dtype="float32", threads=1, distribution=kind, **changes)  # type: ignore[arg-type]
+def settings(kind: str) -> dict[str, Any]:
+    distribution, *more = kind.split("-")
+    return {"distribution": distribution, "offload": more == ["offload"]}
+
+
+def hardware(kind: str) -> Hardware:
+    return Hardware(device="cpu", dtype="float32", threads=1, **settings(kind))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,16 +108,21 @@ class Lessons:
         policy, critic = self.modules.values()
         return policy(batch.x)[..., 0], critic(batch.x)[..., 0]
 
-    def learn(self, *counts: int) -> list[dict[str, float]]:
-        """One optimiser step on each number of rows; the second part of the loss has the policy alone."""
+    def learn(self, *counts: int, critic: bool = True) -> list[dict[str, float]]:
+        """One optimiser step on each number of rows; the first and the last part of the loss have the policy alone.
+
+        Without the critic, these two are all.
+        """
 
         def alone(batch: Rows) -> Tensor:
             return self.modules["policy"](batch.x)[..., 0]
 
         said = []
         for seed, count in enumerate(counts):
+            before = Part(rows(count + 9), alone, lambda new, _: [Term("before", new.sin(), "token")], 0.5)
             more = Part(rows(count + 20), alone, lambda new, _: [Term("more", new**2, "token")], 0.5)
-            said.append(self.teacher.update([Part(rows(count), self.forward, self.terms), more], seed))
+            both = [Part(rows(count), self.forward, self.terms)] if critic else []
+            said.append(self.teacher.update([before, *both, more], seed))
         return said
 
     def state(self) -> dict[str, Any]:
@@ -145,6 +155,9 @@ def work(kind: str, folder: Path, plans: dict[str, tuple[Path, dict[str, Any]]])
     ranks.start(CPU)
     lessons = Lessons(kind)
     found: dict[str, Any] = {"started": time.perf_counter() - begun, "learnt": lessons.learn(*COUNTS)}
+    engine = getattr(lessons.teacher.training, "engine", None)
+    asked = {"moments": engine.zero_offload_optimizer(), "weights": engine.zero_offload_param()} if engine else {}
+    found["offloaded"] = [name for name, settings in asked.items() if settings and settings.device == "cpu"]
     found["said"] = lessons.said()
     state = lessons.state()
     if ranks.is_first():
@@ -154,6 +167,7 @@ def work(kind: str, folder: Path, plans: dict[str, tuple[Path, dict[str, Any]]])
     again = Lessons(kind)
     again.resume(folder / kind)
     found["again"] = again.learn(3, 4)
+    found["without_critic"] = again.learn(2, critic=False)
     for directory, config in plans.values():
         plan = Plan(directory=directory, config=config, overrides=(), num_processes=2)
         execute.carry_out(plan, Console())
@@ -212,12 +226,13 @@ def differences(ours: Path, theirs: Path) -> dict[str, float]:
 
 
 @pytest.mark.slow
-# zero1 and zero2 are zero3 with more of it whole
-@pytest.mark.parametrize("kind", at_release(KINDS, unless=("ddp", "fsdp", "zero3")))
+# zero1 and zero2 are zero3 with more of it whole; of those whose shards wait, zero2 differs most from the others
+@pytest.mark.parametrize("kind", at_release(KINDS, unless=("ddp", "fsdp", "zero3", "zero2-offload")))
 def test_two_processes_learn_what_one_does(kind, alone, runs, plan_of, tmp_path):
     pytest.importorskip("accelerate" if kind.startswith("zero") else "torch")
-    changes = [f"hardware.distribution={kind}", f"runs_dir={runs}", *SMOKE]
-    methods = {} if kind == "zero1" else METHODS  # whole runs of it differ little from zero2's, and take their time
+    changes = [*(f"hardware.{key}={value}" for key, value in settings(kind).items()), f"runs_dir={runs}", *SMOKE]
+    # whole runs of zero1 differ little from zero2's, and take their time
+    methods = {} if kind.startswith("zero1") else METHODS
     plans = {method: plan_of(*typed, *changes, f"name={method}-{kind}") for method, typed in methods.items()}
     found = together(2, kind, tmp_path, {name: (plan.directory, plan.config) for name, plan in plans.items()})
 
@@ -225,10 +240,17 @@ def test_two_processes_learn_what_one_does(kind, alone, runs, plan_of, tmp_path)
     by_itself = Lessons("ddp")
     expected = by_itself.learn(*COUNTS)
     said, more = by_itself.said()[0], by_itself.learn(3, 4)
+    without_critic = by_itself.learn(2, critic=False)
+    assert without_critic[0]["grad_norm/critic"] == 0
+    norms = [one[f"grad_norm/{name}"] for one in [*expected, *more] for name in by_itself.modules]
+    assert min(norms) > 0.5, "each is cut, in each step"
+    offloaded = {"zero3-offload": ["moments", "weights"]}.get(kind, ["moments"] if kind.endswith("offload") else [])
     for rank in found:
+        assert rank["offloaded"] == offloaded
         assert rank["learnt"] == [pytest.approx(one, rel=1e-5, abs=1e-6) for one in expected]
         assert rank["said"] == pytest.approx([said] * len(rank["said"]), rel=1e-5)
         assert rank["more"] == [pytest.approx(one, rel=1e-5, abs=1e-6) for one in more]
+        assert rank["without_critic"] == [pytest.approx(one, rel=1e-5, abs=1e-6) for one in without_critic]
         assert rank["learnt"] == found[0]["learnt"], "what ranks decide by is the same to the bit"
         assert rank["again"] == rank["more"], "what was saved is all that changes"
 
