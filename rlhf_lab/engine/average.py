@@ -29,7 +29,7 @@ class MovingAverage:
             return
         current = parameters_of(policy)
         for name, average in parameters_of(self.model).items():
-            average.lerp_(current[name].to(average.dtype), 1 - self.decay)
+            average.lerp_(current[name].to(average), 1 - self.decay)
 
     def state_dict(self) -> dict[str, Any]:
         return dict(parameters_of(self.model)) if self.decay else {}

@@ -9,7 +9,7 @@ Source: LoRA, Hu et al. 2022, arXiv:2106.09685; on a quantised base QLoRA, Dettm
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -146,12 +146,20 @@ class Backbone:
         model: a causal language model; it is frozen here.
         path: from where it was loaded.
         quantise: how its layers are stored; None: as they are.
+
+    Attributes:
+        device: where it computes, and so where adapters and heads are.
+        root: of a base that was cut into shards, within which it is called; None: it is whole.
+        copy: of a base that was cut, what stands in for it while its weights are gathered.
     """
 
     def __init__(self, model: "PreTrainedModel", path: str, quantise: Quantise | None) -> None:
         self.model, self.path, self.quantise = model.requires_grad_(False).eval(), path, quantise
+        self.device: torch.device = model.device
+        self.root: nn.Module | None = None
+        self.copy: PreTrainedModel | None = None
         self.active = Active()
-        self._adapted: dict[str, Adapted] = {}
+        self._adapted: set[str] = set()
 
     @property
     def width(self) -> int:
@@ -196,18 +204,29 @@ class Backbone:
 
     def new_adapter(self, lora: Lora, seed: int) -> Adapter:
         """One that changes nothing yet; the seed draws what it will learn from."""
-        device = self.model.device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             factors = {
-                place: Factors(*_fans(layer), lora, device) for place, layer in self.places(lora).items()
+                place: Factors(*_fans(layer), lora, self.device) for place, layer in self.places(lora).items()
             }  # fmt: skip
-        for place in factors.keys() - self._adapted.keys():
-            *_, last = path = place.split(".")
-            parent = self.model.get_submodule(".".join(path[:-1]))
-            self._adapted[place] = Adapted(getattr(parent, last), place, self.active)
-            setattr(parent, last, self._adapted[place])
+        models = [self.model] if self.copy is None else [self.model, self.copy]
+        for place in factors.keys() - self._adapted:
+            above, _, last = place.rpartition(".")
+            for model in models:
+                parent = model.get_submodule(above)
+                setattr(parent, last, Adapted(getattr(parent, last), place, self.active))
+        self._adapted |= factors.keys()
         return Adapter(factors, lora)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within it the copy of a base that was cut computes in its place; who calls this has given it the weights."""
+        assert self.copy is not None
+        cut, self.model = self.model, self.copy
+        try:
+            yield
+        finally:
+            self.model = cut
 
     @contextmanager
     def wearing(self, factors: Mapping[str, Factors], training: bool) -> Iterator[None]:
@@ -224,17 +243,9 @@ class Backbone:
         """From now on layers keep their inputs only, and compute the rest again with the adapter of the first time."""
         for layer in layers_of(self.model) or ():
             if "forward" not in vars(layer):
-                cast(Any, layer).forward = self._recomputed(layer.forward)
+                cast(Any, layer).forward = _Recomputed(layer.forward, self)
 
-    def _recomputed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if not torch.is_grad_enabled():
-                return forward(*args, **kwargs)
-            return checkpoint(forward, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
-
-        return call
-
-    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Of the forward pass, and of when its layers are computed again."""
         return nullcontext(), self.wearing(self.active.factors, self.model.training)
 
@@ -250,6 +261,19 @@ class Backbone:
             return functional.dequantize_4bit(stored.data, stored.quant_state).float()
         largest = layer.state.SCB if stored.SCB is None else stored.SCB  # of each row; forward passes move it
         return functional.int8_vectorwise_dequant(stored.data, largest).float()
+
+
+@dataclass(frozen=True)
+class _Recomputed:
+    """Not a closure: a copy of a layer has its own forward in it."""
+
+    forward: Callable[..., Any]
+    backbone: Backbone
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        return checkpoint(self.forward, *args, use_reentrant=False, context_fn=self.backbone.contexts, **kwargs)
 
 
 def _listed(named: str | Sequence[str]) -> Sequence[str]:
@@ -320,7 +344,7 @@ class AdapterView(nn.Module):
         self.config = _Config(backbone.model.config, outputs)
         self.generation_config = backbone.model.generation_config
         if outputs:
-            self.score = Head(backbone.width, len(outputs), bias=False, device=backbone.model.device)
+            self.score = Head(backbone.width, len(outputs), bias=False, device=backbone.device)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 nn.init.normal_(self.score.weight, std=getattr(self.config, "initializer_range", 0.02))
@@ -336,7 +360,7 @@ class AdapterView(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.backbone.model.device
+        return self.backbone.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -389,6 +413,12 @@ class AdapterView(nn.Module):
         for mine, theirs in zip(self.parameters(), other.parameters(), strict=True):
             theirs.requires_grad_(mine.requires_grad)
         return other.train(self.training)
+
+
+def bases_of(modules: Iterable[nn.Module]) -> list[Backbone]:
+    """What the adapters and heads among modules and their parts stand on, each once."""
+    views = (part for module in modules for part in module.modules() if isinstance(part, AdapterView))
+    return list({id(view.backbone): view.backbone for view in views}.values())
 
 
 Key = tuple[str, str, str, Quantise | None]  # path, device, type, quantisation

@@ -6,7 +6,8 @@ forward to be called, where trunks and heads are called apart. `fsdp` is torch's
 to `zero3` are DeepSpeed's through accelerate (see `zero.py`).
 
 A sharded module has its weights only within its root: it, or a part of it, is called `through` that, by all ranks
-equally often (`in_step`). To sample from it or to save it, its weights are gathered for a while (`whole`).
+equally often (`in_step`). To sample from it or to save it, its weights are gathered for a while (`whole`). Of adapters
+and heads on a base only the base is cut, once for all that stand on it; they are whole on every rank, as under `ddp`.
 """
 
 import contextlib
@@ -49,11 +50,11 @@ class Entry:
     """How calls that compute with a module are made.
 
     Fields:
-        root: within which they are; None for a module that is whole.
+        root: within which they are, called as a `Root` is; None for a module that is whole.
         autocast: whether they compute in bfloat16.
     """
 
-    root: nn.Module | None
+    root: Callable[..., Any] | None
     device: str
     autocast: bool
 
@@ -176,7 +177,7 @@ class Distribution(ABC):
         self._enter(self._cut_frozen(module), {"frozen": module}, autocast=self.hardware.bf16 and not is_scorer)
         return module
 
-    def _cut_frozen(self, module: nn.Module) -> nn.Module | None:
+    def _cut_frozen(self, module: nn.Module) -> Callable[..., Any] | None:
         """Its root, if it was cut."""
         return None
 
@@ -221,7 +222,7 @@ class Distribution(ABC):
         """As `restore_parameters`, from whole tensors on every rank."""
         restore_parameters(module, saved)
 
-    def _enter(self, root: nn.Module | None, modules: Mapping[str, nn.Module], autocast: bool) -> Entry:
+    def _enter(self, root: Callable[..., Any] | None, modules: Mapping[str, nn.Module], autocast: bool) -> Entry:
         entry = Entry(root, self.device.type, autocast)
         if root is not None or entry.autocast:
             for module in modules.values():
@@ -322,7 +323,16 @@ class TorchTraining(Training):
 
 
 class Whole(TorchTraining):
-    """Gradients are this rank's until they are clipped, and then the same to the bit on every rank."""
+    """Gradients are this rank's until they are clipped, and then the same to the bit on every rank.
+
+    What they are computed through may be in shards, such as the base of adapters; then all ranks compute equally often.
+    """
+
+    def __init__(
+        self, modules: Mapping[str, nn.Module], entry: Entry, betas: tuple[float, float], weight_decay: float
+    ) -> None:
+        super().__init__(modules, entry, betas, weight_decay)
+        self.in_step = entry.root is not None
 
     @property
     def device(self) -> torch.device:
@@ -372,12 +382,17 @@ class Gathering:
             return self.engine.generate(prompts, samples, seed)
 
 
-def hollow(module: Module, device: torch.device) -> Module:
-    """A copy of a module without its weights, in evaluation mode; a weight that is shared stays so."""
+def hollow(module: Module, device: torch.device, common: Sequence[Any] = ()) -> Module:
+    """A copy of a module without its weights, in evaluation mode; a weight that is shared stays so.
+
+    Args:
+        common: objects that the copy has in common with the module.
+    """
     empty: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty(0, dtype=p.dtype, device=device), requires_grad=False)
         for p in module.parameters()
     }
+    empty |= {id(one): one for one in common}
     given = {key: vars(module).pop(key) for key in (_ENTRY, _TRAINING, COPY) if key in vars(module)}
     copied = copy.deepcopy(module, empty).to(device)
     vars(module).update(given)

@@ -4,7 +4,8 @@ Not through accelerate: its plugin becomes plain DDP on a CPU, and says nothing.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -14,7 +15,18 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rlhf_lab.engine import ranks
-from rlhf_lab.engine.distribution import COPY, Distribution, Entry, Moments, Root, TorchTraining, Training, hollow
+from rlhf_lab.engine.backbone import Backbone, bases_of
+from rlhf_lab.engine.distribution import (
+    COPY,
+    Distribution,
+    Entry,
+    Moments,
+    Root,
+    TorchTraining,
+    Training,
+    Whole,
+    hollow,
+)
 from rlhf_lab.engine.models import Hardware, layers, matched, parameters_of
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -29,7 +41,8 @@ class Sharded(Distribution):
 
     @property
     def loads_on(self) -> torch.device:
-        return torch.device("cpu")
+        # a base is found by its device's name: one that will be cut is never one that is used whole, on "cpu"
+        return torch.device("cpu", 0)
 
     def parameters(self, module: nn.Module) -> dict[str, Tensor]:
         return {name: _whole(tensor.detach()).cpu() for name, tensor in parameters_of(module).items()}
@@ -40,13 +53,45 @@ class Sharded(Distribution):
             tensor.copy_(_like(tensor, saved[name].detach()))
 
     def _train(self, modules: Mapping[str, nn.Module], betas: tuple[float, float], weight_decay: float) -> Training:
+        if bases := bases_of(modules.values()):
+            entry = self._enter(self._on_shards(bases, list(modules.values())), modules, self.hardware.bf16)
+            return Whole(modules, entry, betas, weight_decay)
         for module in modules.values():
             vars(module)[COPY] = hollow(module, self.device)
         entry = self._enter(self._shard(modules), modules, self.hardware.bf16)
         return ShardedTraining(modules, entry, self.device, betas, weight_decay)
 
-    def _cut_frozen(self, module: nn.Module) -> nn.Module | None:
+    def _cut_frozen(self, module: nn.Module) -> Callable[..., Any] | None:
+        if bases := bases_of([module]):
+            return self._on_shards(bases, [module])
         return self._shard({"frozen": module})
+
+    def _on_shards(self, bases: Sequence[Backbone], modules: Sequence[nn.Module]) -> Callable[..., Any]:
+        """The root of adapters and heads, which stay whole: of the bases below them, one within the other."""
+        first, *others = [base.root or self._cut(base) for base in bases]
+        within: Callable[..., Any] = first
+        for root in others:
+            within = partial(within, root)
+        for module in modules:
+            module.to(self.device)  # they were read to where the base was
+        return within
+
+    def _cut(self, base: Backbone) -> nn.Module:
+        """Cut a base, which does not learn, for all that stand on it; returns its root.
+
+        Raises:
+            ValueError: it is quantised.
+        """
+        if base.quantise:
+            raise ValueError(
+                f"the base {base.path} is stored as {base.quantise}, whose packed layers hardware=fsdp does not cut; "
+                "use hardware=ddp, gpu or cpu, where each process keeps all of it"
+            )
+        # the way in which attention is computed is set there, for both
+        settings = [part.config for part in base.model.modules() if hasattr(part, "config")]
+        base.copy = vars(base.model)[COPY] = hollow(base.model, self.device, [base, base.active, *settings])
+        base.root, base.device = self._shard({"base": base.model}), self.device
+        return base.root
 
     def _shard(self, modules: Mapping[str, nn.Module]) -> Root:
         root = Root(modules)
@@ -64,8 +109,15 @@ class Sharded(Distribution):
 
     @contextlib.contextmanager
     def _gathered(self, module: Module) -> Iterator[Module]:
-        with self._filled(module, lambda shard: _whole(shard).to(self.device)) as whole:
-            yield whole
+        def whole(shard: Tensor) -> Tensor:
+            return _whole(shard).to(self.device)
+
+        with contextlib.ExitStack() as stack:
+            for base in bases_of([module]):
+                if base.copy is not None:
+                    stack.enter_context(self._filled(base.model, whole))
+                    stack.enter_context(base.whole())
+            yield stack.enter_context(self._filled(module, whole))
 
 
 class ShardedTraining(TorchTraining):

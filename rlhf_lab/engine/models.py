@@ -108,12 +108,18 @@ class ModelPaths:
         """Of a policy, its reference and critics: what learns, learns in float32; a base that does not may be less.
 
         Raises:
-            ValueError: the base would be sharded.
+            ValueError: the base would be cut in a way in which it cannot be.
         """
-        if self.peft and hardware.distribution != "ddp":
+        if self.peft and hardware.distribution not in ("ddp", "fsdp"):
             raise ValueError(
-                "model.peft=lora keeps one base in each process, but "
-                f"hardware.distribution={hardware.distribution} cuts models into shards; use hardware=ddp, gpu or cpu"
+                f"model.peft=lora, but hardware.distribution={hardware.distribution} does not cut what does not learn "
+                "from what does; use hardware=fsdp, which cuts the base of adapters, or ddp, gpu or cpu"
+            )
+        if self.quantise and hardware.distribution != "ddp":
+            raise ValueError(
+                f"model.quantise={self.quantise} packs the layers of the base, and hardware.distribution="
+                f"{hardware.distribution} does not cut packed layers; use hardware=ddp, gpu or cpu, where each process "
+                "keeps all of the base, or model.quantise=null"
             )
         return LEARNT if self.peft is None else hardware.dtype
 

@@ -1,11 +1,14 @@
 """An ensemble of reward models is a source made of sources; its members' scores stay beside the aggregate."""
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 import torch
 
 from rlhf_lab.data.templates import Style, Template
+from rlhf_lab.engine.backbone import AdapterView
+from rlhf_lab.engine.distribution import through
 from rlhf_lab.engine.models import Hardware
 from rlhf_lab.engine.prefixes import shares_prefixes
 from rlhf_lab.engine.score import by_length
@@ -42,11 +45,14 @@ class _Members:
         for member in self.members:
             member.load(hardware, policy)
         self.together = None
-        # of a model in shards no rank has the weights that would be compared
-        whole = hardware.distribution == "ddp"
-        if whole and all(self.members[0].reads_like(member) for member in self.members[1:]):
+        # of models in shards no rank has the weights that would be compared; but a base has no others than itself
+        first, *others = self.models
+        comparable = hardware.distribution == "ddp" or (
+            isinstance(first, AdapterView) and all(first.stands_beside(other) for other in others)
+        )
+        if comparable and all(self.members[0].reads_like(member) for member in self.members[1:]):
             alias_frozen(self.models)
-            self.together = Members(self.models)
+            self.together = through(first, partial(Members, self.models))()
         if len(units := {(m.calibration.method, m.calibration.fitted_on) for m in self.members}) > 1:
             raise ValueError(
                 f"the members are calibrated differently ({'; '.join(' on '.join(unit) for unit in sorted(units))}), "
@@ -74,7 +80,7 @@ class _Members:
             first.read(rollout),
             first.tokens_at_once,
             first.model.device,
-            self.together.raw_outputs,
+            through(first.model, self.together.raw_outputs),
             together=all(map(shares_prefixes, self.models)),
         )
         return [member.calibrated(raw[:, k]) for k, member in enumerate(self.members)]

@@ -87,9 +87,11 @@ class Evaluate:
             "seed": derive(seed, "initial weights"),
             "new_tokens": new_token_ids(template.tokenizer, new_tokens),
         }
+        distribution = Distribution.of(self.hardware)
+        on_shards: dict[str, Any] = {**options, "device": distribution.loads_on}
         scorer = Scorer(
             rewards={name: source.load(self.hardware, template) for name, source in self.rewards.items()},
-            reference=Distribution.of(self.hardware).frozen(load_frozen(self.model.reference, **options)),
+            reference=distribution.frozen(load_frozen(self.model.reference, **on_shards)),
             critics=None,
             tokens_at_once=self.tokens_at_once,
         )

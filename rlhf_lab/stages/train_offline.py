@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -183,13 +183,15 @@ class TrainOffline:
             adapters=self.model.adapters,
         )
         freeze(model, self.model.frozen_layers)
-        if self.pack_tokens:
-            check_packing(model, text_batch(template, records[:PACKED_TO_CHECK]).to(model.device).sequences)
         steps_per_epoch = -(-len(records) // self.batch_size)
         total = steps_per_epoch * self.epochs
         name = "policy" if self.trains_policy else "scorer"
         guide = MovingAverage(model, self.algorithm.ema_decay if isinstance(self.algorithm, Guided) else 0.0)
         learner = self.learner(modules={name: model}, total_updates=total, distribution=distribution)
+        if self.pack_tokens:
+            probe = text_batch(template, records[:PACKED_TO_CHECK]).to(learner.training.device).sequences
+            exactly = torch.autocast(learner.training.device.type, enabled=False)(partial(check_packing, model))
+            through(model, exactly)(probe)
         run.console.say(f"{len(records)} rows, {total} steps of {self.batch_size}; template {template.style}")
 
         bench = self.measure.bench(self.model.policy, run.seed) if self.measure else None
@@ -293,7 +295,7 @@ class TrainOffline:
         algorithm = self.algorithm
         if not isinstance(algorithm, Guided):
             return batch
-        teacher.eval()
+        cast(Any, teacher).to(teacher.device).eval()  # an adapter's average was read before its base went there
         margins = torch.empty(len(batch))
         for index in microbatches(batch.weak.lengths, self.learner.keywords["tokens_at_once"]):
             with out_of_memory.reading(batch.weak.lengths[index], self.learner.keywords["tokens_at_once"]):
