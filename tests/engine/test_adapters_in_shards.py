@@ -33,6 +33,7 @@ from rlhf_lab.engine.models import (
     save_model,
     shared_critics,
 )
+from rlhf_lab.engine.prefixes import share_prefixes, shares_prefixes
 from rlhf_lab.functional.aggregate import mean
 from rlhf_lab.records import Prompt
 from rlhf_lab.rewards.ensemble import Ensemble
@@ -78,6 +79,9 @@ class Models:
     def __init__(self, folder: str, kind: str, critics: str = "own", **changes: Any) -> None:
         self.distribution = Distribution.of(hardware(kind, **changes))
         options: dict[str, Any] = {"device": self.distribution.loads_on, "dtype": "float32", "seed": 0}
+        few = adapters(target_modules=["down_proj", "dense_4h_to_h", "fc2", "c_proj"])
+        before = disturbed(new_scorer(folder, adapters=few, **options), 3).eval().requires_grad_(False)
+        self.before = self.distribution.frozen(before, is_scorer=True)  # the base is cut here, if it is
         self.policy = disturbed(load_policy(folder, adapters=adapters(), **options), 1)
         self.critics: Critics = (
             shared_critics(self.policy, ("reward", "cost"))
@@ -87,13 +91,11 @@ class Models:
             )
         )
         disturbed(self.critics, 2)
-        few = adapters(target_modules=["down_proj", "dense_4h_to_h", "fc2", "c_proj"])
-        before, after = (disturbed(new_scorer(folder, adapters=few, **options), seed).eval() for seed in (3, 4))
-        self.before = self.distribution.frozen(before.requires_grad_(False), is_scorer=True)
         modules = {"policy": self.policy, "critic": self.critics}
         self.training = self.distribution.learning(modules, (0.9, 0.95), 0.0)
         self.reference = self.distribution.frozen(load_frozen(folder, adapters=adapters(), **options))
-        self.after = self.distribution.frozen(after.requires_grad_(False), is_scorer=True)
+        after = disturbed(new_scorer(folder, adapters=few, **options), 4).eval().requires_grad_(False)
+        self.after = self.distribution.frozen(after, is_scorer=True)
 
     @property
     def base(self) -> Any:
@@ -205,8 +207,10 @@ def test_within_whole_all_that_stand_on_the_base_are_called_by_themselves(hf_fol
     drawn = cut.distribution.engine(cut.policy, make).generate(prompts, 3, seed=0)
     assert drawn.responses == whole.distribution.engine(whole.policy, make).generate(prompts, 3, seed=0).responses
     copy = cut.base.copy
+    through(cut.policy, partial(share_prefixes, cut.policy))()
     with torch.no_grad(), cut.distribution.whole(cut.policy) as policy:
         assert policy is cut.policy
+        assert shares_prefixes(policy)
         close(policy_forward(policy, sequences).logprobs, expected["policy"])
         close(policy_forward(cut.reference, sequences).logprobs, expected["reference"])
         close(policy_forward(average.model, sequences).logprobs, expected["policy"])
