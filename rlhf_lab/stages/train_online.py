@@ -347,7 +347,7 @@ class TrainOnline:
             self._share_prefixes(run, policy, scorer)
         self._share_weights(run, policy, critics, scorer)
         gold = {name: Gold(measure) for name, measure in self.dataset.gold.items()}
-        # in shards their weights are not here while the policy's are; nor, below adapters, the base when engines are made
+        # in shards their weights are not here while the policy's are; nor is the base of adapters when engines are made
         on_trunk = critics is not None and critics.shares_trunk and self.hardware.distribution == "ddp"
         read_on_the_way = critics if on_trunk else None
         return Parts(
