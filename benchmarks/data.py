@@ -21,7 +21,7 @@ from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.readers import read_table
 from rlhf_lab.data.tables import prompt_of
 from rlhf_lab.data.templates import Template
-from rlhf_lab.engine.models import load_tokenizer
+from rlhf_lab.engine.tokenizer import load_tokenizer
 
 LIMIT = 512  # tokens, of prompts and of responses
 RECURS = 0.05  # share of the rows that are there twice

@@ -21,7 +21,9 @@ import transformers
 from rlhf_lab.data.tokenise import join, pad
 from rlhf_lab.engine.backbone import Lora
 from rlhf_lab.engine.forward import raw_outputs
-from rlhf_lab.engine.models import Adapters, freeze, new_scorer
+from rlhf_lab.engine.model_paths import Adapters
+from rlhf_lab.engine.models import new_scorer
+from rlhf_lab.engine.parameters import freeze
 from rlhf_lab.engine.trunk import Members
 from rlhf_lab.types import Sequences
 

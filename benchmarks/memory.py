@@ -35,7 +35,8 @@ def make(folder: Path, hidden: int, layers: int) -> int:
     import transformers
 
     from rlhf_lab.engine.backbone import Lora
-    from rlhf_lab.engine.models import Adapters, Calibration, new_scorer, save_model
+    from rlhf_lab.engine.model_paths import Adapters
+    from rlhf_lab.engine.models import Calibration, new_scorer, save_model
     from rlhf_lab.engine.tiny import tiny_tokenizer
 
     tokenizer: Any = tiny_tokenizer()
@@ -71,7 +72,7 @@ def separate_critics(path: str, names: tuple[str, ...], **options: Any) -> Any:
     import torch
     from torch import nn
 
-    from rlhf_lab.engine.models import Critics, load_critics
+    from rlhf_lab.engine.critics import Critics, load_critics
 
     class Trunks(nn.Module):
         def __init__(self) -> None:

@@ -147,21 +147,17 @@ def work_here(case: Case, folder: Path, steps: int) -> None:
     from rlhf_lab.algorithms.rloo import RLOO
     from rlhf_lab.data.templates import Template
     from rlhf_lab.engine.accounting import Account
+    from rlhf_lab.engine.critics import load_critics, shared_critics
     from rlhf_lab.engine.distribution import Distribution
     from rlhf_lab.engine.generate import Sampling
+    from rlhf_lab.engine.hardware import Hardware
     from rlhf_lab.engine.learner import Learner
-    from rlhf_lab.engine.models import (
-        Hardware,
-        ModelPaths,
-        load_critics,
-        load_frozen,
-        load_policy,
-        load_tokenizer,
-        shared_critics,
-    )
+    from rlhf_lab.engine.model_paths import ModelPaths
+    from rlhf_lab.engine.models import load_frozen, load_policy
     from rlhf_lab.engine.prefixes import share_prefixes
     from rlhf_lab.engine.rollouts import BuiltIn
     from rlhf_lab.engine.score import Scorer
+    from rlhf_lab.engine.tokenizer import load_tokenizer
     from rlhf_lab.objectives import FixedKL, KLPenalty, WeightedSum
     from rlhf_lab.records import Prompt
     from rlhf_lab.rewards.gold import Gold

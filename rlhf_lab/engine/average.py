@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlhf_lab.engine.models import parameters_of, restore_parameters
+from rlhf_lab.engine.parameters import parameters_of, restore_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

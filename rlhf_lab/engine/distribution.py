@@ -24,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf_lab.engine import ranks
 from rlhf_lab.engine.backbone import AdapterView
-from rlhf_lab.engine.models import Hardware, layers, parameters_of, restore_parameters
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.parameters import layers, parameters_of, restore_parameters
 from rlhf_lab.interfaces import RolloutEngine
 from rlhf_lab.types import PromptBatch, Rollout
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_lab.engine.backbone import AdapterView
+from rlhf_lab.engine.critics import Critics
 from rlhf_lab.engine.last_layer import reading, reads_apart, rows_read
 from rlhf_lab.engine.limits import Limits, limits_of
-from rlhf_lab.engine.models import Critics
 from rlhf_lab.engine.prefixes import Read, Reads, plant, shares_prefixes
 from rlhf_lab.types import PairForward, PolicyForward, Processing, QuadrupleForward, ScoreForward, Sequences
 

@@ -27,7 +27,8 @@ from rlhf_lab.engine.distribution import (
     Whole,
     hollow,
 )
-from rlhf_lab.engine.models import Hardware, layers, matched, parameters_of
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.parameters import layers, matched, parameters_of
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -29,7 +29,7 @@ from rlhf_lab.types import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from rlhf_lab.engine.models import Critics
+    from rlhf_lab.engine.critics import Critics
 
 NO_VALUES: Mapping[str, Tensor] = MappingProxyType({})
 REFILL_AT = 0.25  # share of the batch that must be free before waiting prompts are read, which takes a step of its own

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rlhf_lab.engine import out_of_memory, ranks
 from rlhf_lab.engine.distribution import Distribution, in_step
-from rlhf_lab.engine.models import Hardware
+from rlhf_lab.engine.hardware import Hardware
 from rlhf_lab.engine.score import own_microbatches
 from rlhf_lab.seeds import generator
 from rlhf_lab.types import Count, Fraction, Metrics, NonNegative, NonNegativeCount, Positive, Term

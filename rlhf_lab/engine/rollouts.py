@@ -10,10 +10,12 @@ from torch import Tensor
 from rlhf_lab.data.templates import Template
 from rlhf_lab.engine import ranks
 from rlhf_lab.engine.continuous_batching import ContinuousBatcher
+from rlhf_lab.engine.critics import Critics
 from rlhf_lab.engine.distribution import through
 from rlhf_lab.engine.forward import policy_logprobs
 from rlhf_lab.engine.generate import Generator, Sampling
-from rlhf_lab.engine.models import Critics, Hardware, ModelPaths
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import ModelPaths
 from rlhf_lab.engine.prefixes import shares_prefixes
 from rlhf_lab.engine.score import by_length
 from rlhf_lab.engine.vllm import VLLMEngine, Worker, check_python, environment, shared

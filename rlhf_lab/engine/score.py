@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from rlhf_lab.engine import out_of_memory, ranks
+from rlhf_lab.engine.critics import Critics
 from rlhf_lab.engine.distribution import in_step, is_in_step, through
 from rlhf_lab.engine.forward import critic_values, policy_logprobs
-from rlhf_lab.engine.models import Critics
 from rlhf_lab.engine.prefixes import shares_prefixes, siblings
 from rlhf_lab.interfaces import RewardSource
 from rlhf_lab.types import Rollout, ScoredRollout, Sequences

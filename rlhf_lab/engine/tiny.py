@@ -41,3 +41,7 @@ def tiny_policy(seed: int) -> "LlamaForCausalLM":
             eos_token_id=cast(int, tokenizer.eos_token_id),
         )
     )
+
+
+def is_embedded(path: str) -> bool:
+    return path.startswith("embedded:")

@@ -21,7 +21,8 @@ from torch import nn
 
 from rlhf_lab.data.templates import Template
 from rlhf_lab.engine.generate import Sampling, check_room, rollout_from, stop_tokens
-from rlhf_lab.engine.models import parameters_of, save_model
+from rlhf_lab.engine.models import save_model
+from rlhf_lab.engine.parameters import parameters_of
 from rlhf_lab.redaction import redact
 from rlhf_lab.seeds import derive
 from rlhf_lab.types import PromptBatch, Rollout

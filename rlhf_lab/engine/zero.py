@@ -32,7 +32,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rlhf_lab.engine import ranks
 from rlhf_lab.engine.distribution import COPY, MOMENTS, Distribution, Entry, Moments, Root, Training, hollow, optimiser
-from rlhf_lab.engine.models import Hardware, matched, parameters_of
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.parameters import matched, parameters_of
 
 Module = TypeVar("Module", bound=nn.Module)
 BUCKET = 50_000_000  # elements that travel together

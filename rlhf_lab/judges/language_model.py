@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from rlhf_lab.engine import ranks
-from rlhf_lab.engine.models import check_path, load_tokenizer
+from rlhf_lab.engine.model_paths import check_path
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.judges.endpoint import Decoding, Endpoint, Fault, Prices, Session
 from rlhf_lab.judges.price import CHARACTERS_PER_TOKEN, DryRun, Price
 from rlhf_lab.judges.reading import Format, Outcome

@@ -7,7 +7,7 @@ import torch
 
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import rollout_of
-from rlhf_lab.engine.models import Hardware
+from rlhf_lab.engine.hardware import Hardware
 from rlhf_lab.judges.scored import Criteria, check_criteria, verdicts_of
 from rlhf_lab.records import Comparison, Verdict
 from rlhf_lab.types import Count, NonNegative, batches

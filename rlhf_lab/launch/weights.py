@@ -10,7 +10,9 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from hydra.utils import instantiate
 
-from rlhf_lab.engine.models import LEARNT, base_of, is_embedded
+from rlhf_lab.engine.model_paths import LEARNT
+from rlhf_lab.engine.models import base_of
+from rlhf_lab.engine.tiny import is_embedded
 from rlhf_lab.launch.compose import Plan
 
 BYTES = {"float32": 4, "bfloat16": 2}

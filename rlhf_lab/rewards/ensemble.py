@@ -9,7 +9,7 @@ import torch
 from rlhf_lab.data.templates import Style, Template
 from rlhf_lab.engine.backbone import AdapterView
 from rlhf_lab.engine.distribution import through
-from rlhf_lab.engine.models import Hardware
+from rlhf_lab.engine.hardware import Hardware
 from rlhf_lab.engine.prefixes import shares_prefixes
 from rlhf_lab.engine.score import by_length
 from rlhf_lab.engine.trunk import Members, alias_frozen

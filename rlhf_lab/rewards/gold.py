@@ -6,7 +6,7 @@ from typing import Self
 import torch
 
 from rlhf_lab.data.templates import Template
-from rlhf_lab.engine.models import Hardware
+from rlhf_lab.engine.hardware import Hardware
 from rlhf_lab.types import Rollout, Score
 
 

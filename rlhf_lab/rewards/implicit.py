@@ -10,9 +10,12 @@ from rlhf_lab.data.templates import Style, Template
 from rlhf_lab.data.tokenise import sequences
 from rlhf_lab.engine.distribution import Distribution, through
 from rlhf_lab.engine.forward import policy_logprobs
-from rlhf_lab.engine.models import LEARNT, Hardware, check_path, load_frozen, load_tokenizer
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import LEARNT, check_path
+from rlhf_lab.engine.models import load_frozen
 from rlhf_lab.engine.prefixes import shares_prefixes
 from rlhf_lab.engine.score import by_length
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.types import Count, Positive, Rollout, Score, Sequences
 
 

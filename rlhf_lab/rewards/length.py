@@ -4,7 +4,7 @@ from collections.abc import Collection
 from typing import Self
 
 from rlhf_lab.data.templates import Template
-from rlhf_lab.engine.models import Hardware
+from rlhf_lab.engine.hardware import Hardware
 from rlhf_lab.types import Positive, Rollout, Score
 
 

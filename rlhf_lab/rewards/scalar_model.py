@@ -10,9 +10,12 @@ from rlhf_lab.data.templates import Style, Template
 from rlhf_lab.data.tokenise import sequences
 from rlhf_lab.engine.distribution import Distribution, through
 from rlhf_lab.engine.forward import raw_outputs
-from rlhf_lab.engine.models import Hardware, check_path, load_scorer, load_tokenizer
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import check_path
+from rlhf_lab.engine.models import load_scorer
 from rlhf_lab.engine.prefixes import shares_prefixes
 from rlhf_lab.engine.score import by_length
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.types import GAUSSIAN, Count, Rollout, Score, Sequences
 
 if TYPE_CHECKING:

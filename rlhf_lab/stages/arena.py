@@ -13,7 +13,9 @@ import torch
 from rlhf_lab.data.tables import read_table
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import rollout_of
-from rlhf_lab.engine.models import Hardware, ModelPaths, check_path, load_tokenizer
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import ModelPaths, check_path
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.evaluation.arena import Standing, clusters, standing
 from rlhf_lab.evaluation.matches import Match
 from rlhf_lab.interfaces import RewardSource

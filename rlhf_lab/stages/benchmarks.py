@@ -13,7 +13,10 @@ from typing import Any
 import torch
 
 from rlhf_lab.data.tables import read_table
-from rlhf_lab.engine.models import LEARNT, Hardware, ModelPaths, check_path, load_policy, load_tokenizer, new_token_ids
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import LEARNT, ModelPaths, check_path
+from rlhf_lab.engine.models import load_policy
+from rlhf_lab.engine.tokenizer import load_tokenizer, new_token_ids
 from rlhf_lab.functional.estimates import rate
 from rlhf_lab.run import Run
 from rlhf_lab.seeds import derive

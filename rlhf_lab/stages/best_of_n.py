@@ -11,8 +11,11 @@ from rlhf_lab.data.tables import Rows, prompt_of, read_table, write_table
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine.generate import Generator, Sampling
-from rlhf_lab.engine.models import Hardware, ModelPaths, load_frozen, load_tokenizer, new_token_ids
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import ModelPaths
+from rlhf_lab.engine.models import load_frozen
 from rlhf_lab.engine.score import Scorer
+from rlhf_lab.engine.tokenizer import load_tokenizer, new_token_ids
 from rlhf_lab.evaluation.best_of_n import PROXY, by_column, estimates, grid_to
 from rlhf_lab.evaluation.evaluator import described, generation_rows, sample_rows, under_conditions
 from rlhf_lab.evaluation.metrics import half_width

@@ -11,7 +11,9 @@ from pyarrow import csv, parquet
 
 from rlhf_lab.data.generations import Generations
 from rlhf_lab.data.tables import Rows, write_table
-from rlhf_lab.engine.models import Hardware, check_path, load_tokenizer
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import check_path
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.evaluation.diversity import (
     GramSettings,
     Measure,

@@ -8,8 +8,11 @@ from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.templates import Template
 from rlhf_lab.engine.distribution import Distribution
 from rlhf_lab.engine.generate import Generator, Sampling
-from rlhf_lab.engine.models import Hardware, ModelPaths, load_frozen, load_tokenizer, new_token_ids
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import ModelPaths
+from rlhf_lab.engine.models import load_frozen
 from rlhf_lab.engine.score import Scorer
+from rlhf_lab.engine.tokenizer import load_tokenizer, new_token_ids
 from rlhf_lab.evaluation.evaluator import Evaluator, under_conditions
 from rlhf_lab.interfaces import Conditions
 from rlhf_lab.records import Prompt

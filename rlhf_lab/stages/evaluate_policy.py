@@ -10,7 +10,9 @@ from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.tables import Rows, read_table
 from rlhf_lab.data.templates import Template
 from rlhf_lab.engine.generate import Sampling
-from rlhf_lab.engine.models import Hardware, ModelPaths, load_frozen
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import ModelPaths
+from rlhf_lab.engine.models import load_frozen
 from rlhf_lab.evaluation.evaluator import leave_table
 from rlhf_lab.evaluation.policies import split_metrics
 from rlhf_lab.evaluation.refusals import RefusalPhrases, Verdicts, world_refusals

@@ -14,7 +14,10 @@ from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.tables import Rows, join_tables, read_table
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import rollout_of
-from rlhf_lab.engine.models import Calibration, Hardware, ModelPaths, check_path, load_tokenizer
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import ModelPaths, check_path
+from rlhf_lab.engine.models import Calibration
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.evaluation.value_models import (
     Assessor,
     ScoredPairs,

@@ -11,7 +11,9 @@ import numpy as np
 from rlhf_lab.data.tables import check_table, read_table
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.verdicts import comparison
-from rlhf_lab.engine.models import Hardware, ModelPaths, check_path, load_tokenizer
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import ModelPaths, check_path
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.judges.fitting import fit
 from rlhf_lab.judges.scored import Scoring
 from rlhf_lab.run import Run

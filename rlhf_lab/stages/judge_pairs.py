@@ -14,7 +14,9 @@ from rlhf_lab.data.preferences import Registry
 from rlhf_lab.data.tables import Rows, read_table
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.verdicts import MarginBy, Ties, comparison, noisy, preference_rows, verdict_row
-from rlhf_lab.engine.models import Hardware, ModelPaths, check_path, load_tokenizer
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import ModelPaths, check_path
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.functional.resampling import mean_interval
 from rlhf_lab.interfaces import Judge
 from rlhf_lab.judges.price import account, announce

@@ -8,7 +8,9 @@ from typing import Any
 from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.quadruples import Sampling, flip, pair_up
 from rlhf_lab.data.templates import Template
-from rlhf_lab.engine.models import Hardware, ModelPaths, check_path, load_tokenizer
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import ModelPaths, check_path
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.records import PreferencePair
 from rlhf_lab.run import Run
 from rlhf_lab.seeds import derive

@@ -24,17 +24,12 @@ from rlhf_lab.engine.accounting import EVALUATION, Account
 from rlhf_lab.engine.distribution import Distribution
 from rlhf_lab.engine.forward import policy_forward
 from rlhf_lab.engine.generate import Generator, Sampling
+from rlhf_lab.engine.hardware import Hardware
 from rlhf_lab.engine.learner import Learner, Part
-from rlhf_lab.engine.models import (
-    Hardware,
-    ModelPaths,
-    load_frozen,
-    load_policy,
-    load_tokenizer,
-    new_token_ids,
-    save_model,
-)
+from rlhf_lab.engine.model_paths import ModelPaths
+from rlhf_lab.engine.models import load_frozen, load_policy, save_model
 from rlhf_lab.engine.score import Scorer
+from rlhf_lab.engine.tokenizer import load_tokenizer, new_token_ids
 from rlhf_lab.evaluation.evaluator import Evaluator
 from rlhf_lab.functional.simplex import Grid
 from rlhf_lab.functional.targets import KeepRule, TargetMap, empirical_scale, gaussian_scale, keep

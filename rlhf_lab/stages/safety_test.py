@@ -25,7 +25,10 @@ from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine import ranks
 from rlhf_lab.engine.checkpoint import publish, sha256
 from rlhf_lab.engine.generate import Generator, Sampling
-from rlhf_lab.engine.models import Hardware, ModelPaths, check_path, load_frozen, load_tokenizer
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import ModelPaths, check_path
+from rlhf_lab.engine.models import load_frozen
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.evaluation.metrics import half_width
 from rlhf_lab.interfaces import Bound
 from rlhf_lab.ledger import Entry, Ledger

@@ -12,7 +12,9 @@ from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.tables import Rows, read_table
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import rollout_of
-from rlhf_lab.engine.models import Hardware, ModelPaths, check_path, load_tokenizer
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import ModelPaths, check_path
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.functional.resampling import mean_interval
 from rlhf_lab.interfaces import RewardSource
 from rlhf_lab.records import Prompt

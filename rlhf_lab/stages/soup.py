@@ -8,7 +8,8 @@ from typing import Any
 from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.tables import read_table
 from rlhf_lab.engine.generate import Sampling
-from rlhf_lab.engine.models import Hardware, ModelPaths
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import ModelPaths
 from rlhf_lab.engine.soups import Space, check_soup, merge
 from rlhf_lab.evaluation.evaluator import leave_table
 from rlhf_lab.functional.simplex import Grid, preference_grid

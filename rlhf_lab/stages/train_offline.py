@@ -20,21 +20,14 @@ from rlhf_lab.engine.checkpoint import seal
 from rlhf_lab.engine.distribution import Distribution, through
 from rlhf_lab.engine.forward import policy_logprobs, text_logprobs, text_scores
 from rlhf_lab.engine.generate import Generator
+from rlhf_lab.engine.hardware import Hardware
 from rlhf_lab.engine.learner import Learner, Part, Trainable
-from rlhf_lab.engine.models import (
-    SCORE,
-    Hardware,
-    ModelPaths,
-    freeze,
-    load_frozen,
-    load_policy,
-    load_tokenizer,
-    new_scorer,
-    new_token_ids,
-    save_model,
-)
+from rlhf_lab.engine.model_paths import ModelPaths
+from rlhf_lab.engine.models import SCORE, load_frozen, load_policy, new_scorer, save_model
 from rlhf_lab.engine.packing import check_packing, pack, packed_forward
+from rlhf_lab.engine.parameters import freeze
 from rlhf_lab.engine.score import by_length, microbatches
+from rlhf_lab.engine.tokenizer import load_tokenizer, new_token_ids
 from rlhf_lab.evaluation.evaluator import leave_table
 from rlhf_lab.interfaces import Guided, Observant, OfflineAlgorithm, Stateful
 from rlhf_lab.run import Run

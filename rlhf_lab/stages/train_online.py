@@ -15,26 +15,18 @@ from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch, text_batch
 from rlhf_lab.engine.accounting import EVALUATION, Account
 from rlhf_lab.engine.backbone import AdapterView
+from rlhf_lab.engine.critics import Critics, load_critics, shared_critics
 from rlhf_lab.engine.distribution import Distribution, through
 from rlhf_lab.engine.forward import policy_forward
 from rlhf_lab.engine.generate import Sampling
+from rlhf_lab.engine.hardware import Hardware
 from rlhf_lab.engine.learner import Learner, Part, minibatch_count
-from rlhf_lab.engine.models import (
-    SHARED,
-    Critics,
-    Hardware,
-    ModelPaths,
-    freeze,
-    load_critics,
-    load_frozen,
-    load_policy,
-    load_tokenizer,
-    new_token_ids,
-    save_model,
-    shared_critics,
-)
+from rlhf_lab.engine.model_paths import SHARED, ModelPaths
+from rlhf_lab.engine.models import load_frozen, load_policy, save_model
+from rlhf_lab.engine.parameters import freeze
 from rlhf_lab.engine.prefixes import share_prefixes, shares_prefixes
 from rlhf_lab.engine.score import Scorer, own_family_microbatches, own_microbatches
+from rlhf_lab.engine.tokenizer import load_tokenizer, new_token_ids
 from rlhf_lab.engine.trunk import alias_frozen
 from rlhf_lab.evaluation.evaluator import Evaluator, leave_table, under_conditions
 from rlhf_lab.evaluation.metrics import rollout_metrics, warnings

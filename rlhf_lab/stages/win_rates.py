@@ -9,7 +9,9 @@ from typing import Any
 
 from rlhf_lab.data.tables import read_table, write_table
 from rlhf_lab.data.templates import Template
-from rlhf_lab.engine.models import Hardware, ModelPaths, check_path, load_tokenizer
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import ModelPaths, check_path
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.evaluation.matches import Match
 from rlhf_lab.evaluation.win_rates import Judgement, combined, order_bias, ratings, read_judgements, win_rates
 from rlhf_lab.interfaces import Judge

@@ -7,7 +7,7 @@ import pytest
 from rlhf_lab.data.conditions import NoConditions, PerPrompt, Preferences
 from rlhf_lab.data.preferences import Registry
 from rlhf_lab.data.templates import Template
-from rlhf_lab.engine.models import load_tokenizer
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.records import Prompt
 
 PROMPTS = [Prompt.from_text(f"give me {n} steps") for n in range(2000)]

@@ -11,7 +11,7 @@ from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.templates import Style, Template
 from rlhf_lab.data.tokenise import text_batch
 from rlhf_lab.engine.forward import policy_forward
-from rlhf_lab.engine.models import load_tokenizer
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.records import Demonstration, Message, Prompt
 
 TALK: tuple[Message, ...] = (

@@ -11,7 +11,7 @@ from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.ingredient import Ingredient, apportion
 from rlhf_lab.data.mixture import Mixture
 from rlhf_lab.data.templates import Template
-from rlhf_lab.engine.models import load_tokenizer
+from rlhf_lab.engine.tokenizer import load_tokenizer
 
 TEMPLATE = Template(load_tokenizer("embedded:tiny", ["<helpful>", "<humour>"]), "auto")
 

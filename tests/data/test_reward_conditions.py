@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from rlhf_lab.data.reward_conditions import CONTEXT_FILE, RewardContext, RewardNotation, TradeOffs, moments
 from rlhf_lab.data.templates import Template
-from rlhf_lab.engine.models import load_tokenizer
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.records import Prompt
 
 NAMES = ("helpful", "humour", "cost of (a+b) / c", "s>=1", "ends in s")

@@ -7,7 +7,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_lab.data.templates import Style, Template
-from rlhf_lab.engine.models import load_tokenizer
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.records import Message, Prompt
 
 Folder = Callable[..., str]

@@ -18,8 +18,8 @@ from rlhf_lab.data.tokenise import (
     sequences,
     text_batch,
 )
-from rlhf_lab.engine.models import load_tokenizer
 from rlhf_lab.engine.tiny import tiny_tokenizer
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.records import Demonstration, PreferencePair, Prompt, Ranking, SafetyPair
 from rlhf_lab.types import Sequences
 

@@ -16,24 +16,15 @@ from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine.average import MovingAverage
 from rlhf_lab.engine.backbone import AdapterView, Lora, layers_of
+from rlhf_lab.engine.critics import Critics, load_critics, shared_critics
 from rlhf_lab.engine.distribution import Distribution, is_in_step, through
 from rlhf_lab.engine.forward import critic_values, policy_forward, raw_outputs
 from rlhf_lab.engine.generate import Generator, Sampling
-from rlhf_lab.engine.models import (
-    Adapters,
-    Calibration,
-    Critics,
-    Hardware,
-    ModelPaths,
-    load_critics,
-    load_frozen,
-    load_policy,
-    load_tokenizer,
-    new_scorer,
-    save_model,
-    shared_critics,
-)
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import Adapters, ModelPaths
+from rlhf_lab.engine.models import Calibration, load_frozen, load_policy, new_scorer, save_model
 from rlhf_lab.engine.prefixes import share_prefixes, shares_prefixes
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.functional.aggregate import mean
 from rlhf_lab.records import Prompt
 from rlhf_lab.rewards.ensemble import Ensemble

@@ -5,7 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from rlhf_lab.engine.average import MovingAverage
-from rlhf_lab.engine.models import load_policy, parameters_of
+from rlhf_lab.engine.models import load_policy
+from rlhf_lab.engine.parameters import parameters_of
 
 CPU = torch.device("cpu")
 

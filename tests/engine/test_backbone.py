@@ -14,26 +14,15 @@ from torch.testing import assert_close
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine.backbone import AdapterView, Lora
+from rlhf_lab.engine.critics import load_critics, shared_critics
 from rlhf_lab.engine.forward import critic_values, policy_forward, raw_outputs
 from rlhf_lab.engine.generate import Generator, Sampling
 from rlhf_lab.engine.learner import Learner, Part
-from rlhf_lab.engine.models import (
-    Adapters,
-    Calibration,
-    ModelPaths,
-    check_path,
-    load_critics,
-    load_frozen,
-    load_policy,
-    load_scorer,
-    load_tokenizer,
-    new_scorer,
-    parameters_of,
-    restore_parameters,
-    save_model,
-    shared_critics,
-)
+from rlhf_lab.engine.model_paths import Adapters, ModelPaths, check_path
+from rlhf_lab.engine.models import Calibration, load_frozen, load_policy, load_scorer, new_scorer, save_model
+from rlhf_lab.engine.parameters import parameters_of, restore_parameters
 from rlhf_lab.engine.prefixes import share_prefixes, shares_prefixes
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.records import Prompt
 from rlhf_lab.types import Sequences, Term, TextBatch
 

@@ -13,7 +13,9 @@ from torch.testing import assert_close
 from rlhf_lab.engine import distribution, models
 from rlhf_lab.engine.distribution import Distribution, Whole, in_step, is_in_step, through
 from rlhf_lab.engine.forward import policy_forward
-from rlhf_lab.engine.models import Hardware, layers, load_frozen, load_policy
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.models import load_frozen, load_policy
+from rlhf_lab.engine.parameters import layers
 from rlhf_lab.types import Sequences
 
 CPU = torch.device("cpu")

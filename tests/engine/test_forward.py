@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from rlhf_lab.data.tokenise import join, pad
 from rlhf_lab.engine import forward
+from rlhf_lab.engine.critics import Critics, load_critics, shared_critics
 from rlhf_lab.engine.forward import (
     critic_values,
     policy_forward,
@@ -19,7 +20,7 @@ from rlhf_lab.engine.forward import (
     text_scores,
     token_logprobs,
 )
-from rlhf_lab.engine.models import Critics, load_critics, load_policy, shared_critics
+from rlhf_lab.engine.models import load_policy
 from rlhf_lab.types import PolicyForward, Processing, Sequences
 
 CPU = torch.device("cpu")

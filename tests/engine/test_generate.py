@@ -20,10 +20,12 @@ from transformers import (
 
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
+from rlhf_lab.engine.critics import shared_critics
 from rlhf_lab.engine.flight import Flight
 from rlhf_lab.engine.forward import policy_forward
 from rlhf_lab.engine.generate import Generator, Sampling
-from rlhf_lab.engine.models import load_policy, load_tokenizer, shared_critics
+from rlhf_lab.engine.models import load_policy
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.functional.sampled import draw, penalised, restricted
 from rlhf_lab.records import Prompt
 from rlhf_lab.types import PromptBatch, Rollout

@@ -23,10 +23,11 @@ from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine.flight import Drawn
 from rlhf_lab.engine.forward import policy_forward, policy_logprobs
 from rlhf_lab.engine.generate import Generator, Sampling
-from rlhf_lab.engine.models import load_policy, load_tokenizer
+from rlhf_lab.engine.models import load_policy
 from rlhf_lab.engine.prefixes import share_prefixes
 from rlhf_lab.engine.rollouts import BuiltIn
 from rlhf_lab.engine.score import Scorer
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.records import Prompt
 from rlhf_lab.types import PolicyForward, Rollout
 

@@ -13,25 +13,15 @@ import transformers
 from torch.testing import assert_close
 
 from rlhf_lab.engine.checkpoint import load_tree, save_tree
+from rlhf_lab.engine.critics import Critics, load_critics
 from rlhf_lab.engine.distribution import Whole
 from rlhf_lab.engine.forward import critic_values, policy_forward, raw_outputs, raw_scores
+from rlhf_lab.engine.hardware import Hardware
 from rlhf_lab.engine.learner import Learner, Part
-from rlhf_lab.engine.models import (
-    Calibration,
-    Critics,
-    Hardware,
-    check_path,
-    freeze,
-    load_critics,
-    load_policy,
-    load_scorer,
-    load_tokenizer,
-    new_scorer,
-    new_token_ids,
-    parameters_of,
-    restore_parameters,
-    save_model,
-)
+from rlhf_lab.engine.model_paths import check_path
+from rlhf_lab.engine.models import Calibration, load_policy, load_scorer, new_scorer, save_model
+from rlhf_lab.engine.parameters import freeze, parameters_of, restore_parameters
+from rlhf_lab.engine.tokenizer import load_tokenizer, new_token_ids
 from rlhf_lab.types import Sequences, Term, TextBatch
 
 CPU = torch.device("cpu")

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rlhf_lab.data.tokenise import join, pad
+from rlhf_lab.engine.critics import Critics
 from rlhf_lab.engine.forward import critic_values, policy_forward, raw_scores, text_scores
-from rlhf_lab.engine.models import Critics, load_policy
+from rlhf_lab.engine.models import load_policy
 from rlhf_lab.engine.prefixes import plant, share_prefixes, shares_prefixes
 from rlhf_lab.engine.score import by_length, families, family_microbatches
 from rlhf_lab.types import Sequences

@@ -15,12 +15,14 @@ from torch.testing import assert_close
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine import ranks
+from rlhf_lab.engine.critics import shared_critics
 from rlhf_lab.engine.forward import policy_forward
 from rlhf_lab.engine.generate import Generator, Sampling
 from rlhf_lab.engine.learner import Learner, Part
-from rlhf_lab.engine.models import load_policy, load_tokenizer, shared_critics
+from rlhf_lab.engine.models import load_policy
 from rlhf_lab.engine.score import Scorer, by_length
 from rlhf_lab.engine.tiny import TINY
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.records import Prompt
 from rlhf_lab.types import Batch, Rollout, Term
 

@@ -15,8 +15,11 @@ from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine import ranks
 from rlhf_lab.engine.generate import Sampling
-from rlhf_lab.engine.models import Hardware, ModelPaths, load_policy, load_tokenizer
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import ModelPaths
+from rlhf_lab.engine.models import load_policy
 from rlhf_lab.engine.rollouts import VLLM, BuiltIn, ContinuousBatching, Foreign
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.functional.mismatch import mismatch, truncated_weights
 from rlhf_lab.records import Prompt
 from rlhf_lab.types import Term

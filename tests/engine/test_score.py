@@ -10,10 +10,12 @@ from torch.testing import assert_close
 
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
+from rlhf_lab.engine.critics import load_critics, shared_critics
 from rlhf_lab.engine.forward import critic_values, policy_forward
 from rlhf_lab.engine.generate import Generator, Sampling
-from rlhf_lab.engine.models import load_critics, load_frozen, load_policy, load_tokenizer, shared_critics
+from rlhf_lab.engine.models import load_frozen, load_policy
 from rlhf_lab.engine.score import Scorer, by_length, microbatches
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.records import Prompt
 from rlhf_lab.rewards.gold import Gold
 from rlhf_lab.types import Processing, Sequences

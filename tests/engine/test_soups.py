@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from rlhf_lab.engine.models import load_frozen, load_tokenizer
+from rlhf_lab.engine.models import load_frozen
 from rlhf_lab.engine.soups import check_soup, merge
+from rlhf_lab.engine.tokenizer import load_tokenizer
 
 Folder = Callable[[str], str]
 TOKENS = torch.tensor([[5, 9, 40, 7]])

@@ -10,7 +10,9 @@ from torch.testing import assert_close
 
 from rlhf_lab.engine.backbone import Lora, layers_of
 from rlhf_lab.engine.forward import policy_forward, raw_outputs
-from rlhf_lab.engine.models import Adapters, freeze, load_frozen, load_policy, new_scorer
+from rlhf_lab.engine.model_paths import Adapters
+from rlhf_lab.engine.models import load_frozen, load_policy, new_scorer
+from rlhf_lab.engine.parameters import freeze
 from rlhf_lab.engine.trunk import Members, alias_frozen, common_layers
 from rlhf_lab.types import Sequences
 

@@ -24,15 +24,12 @@ from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine import ranks
 from rlhf_lab.engine.generate import Sampling
-from rlhf_lab.engine.models import (
-    Hardware,
-    ModelPaths,
-    load_policy,
-    load_tokenizer,
-    parameters_of,
-    restore_parameters,
-)
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import ModelPaths
+from rlhf_lab.engine.models import load_policy
+from rlhf_lab.engine.parameters import parameters_of, restore_parameters
 from rlhf_lab.engine.rollouts import VLLM, BuiltIn
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.engine.vllm import VLLMEngine, Worker, check_python, environment, shared
 from rlhf_lab.functional.sampled import penalised, restricted
 from rlhf_lab.records import Prompt

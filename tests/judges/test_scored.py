@@ -9,7 +9,7 @@ import torch
 
 from rlhf_lab.data import tiny_help
 from rlhf_lab.data.templates import Template
-from rlhf_lab.engine.models import Hardware
+from rlhf_lab.engine.hardware import Hardware
 from rlhf_lab.engine.tiny import tiny_tokenizer
 from rlhf_lab.judges.gold import GoldJudge
 from rlhf_lab.judges.manner import Manner

@@ -18,8 +18,8 @@ from rlhf_lab.console import Console
 from rlhf_lab.engine import ranks
 from rlhf_lab.engine.checkpoint import load_tree, save_tree
 from rlhf_lab.engine.distribution import Distribution, through
+from rlhf_lab.engine.hardware import Hardware
 from rlhf_lab.engine.learner import Learner, Part
-from rlhf_lab.engine.models import Hardware
 from rlhf_lab.launch import execute
 from rlhf_lab.launch.compose import Plan
 from rlhf_lab.launch.job import FINISHED

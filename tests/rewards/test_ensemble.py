@@ -15,7 +15,9 @@ from torch.testing import assert_close
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch
 from rlhf_lab.engine.generate import Generator, Sampling
-from rlhf_lab.engine.models import Calibration, Hardware, load_policy, load_tokenizer, new_scorer, save_model
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.models import Calibration, load_policy, new_scorer, save_model
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.functional.aggregate import lower_confidence, mean, uncertainty_weighted, worst_case
 from rlhf_lab.interfaces import Aggregate
 from rlhf_lab.records import Prompt

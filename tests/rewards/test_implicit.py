@@ -5,8 +5,10 @@ import torch
 
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import rollout_of
-from rlhf_lab.engine.models import Hardware, load_tokenizer, save_model
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.models import save_model
 from rlhf_lab.engine.tiny import tiny_policy, tiny_tokenizer
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.records import Prompt
 from rlhf_lab.rewards.implicit import ImplicitReward
 

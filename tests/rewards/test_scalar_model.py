@@ -13,7 +13,9 @@ from torch.testing import assert_close
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import prompt_batch, sequences
 from rlhf_lab.engine.generate import Generator, Sampling
-from rlhf_lab.engine.models import Hardware, load_policy, load_tokenizer
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.models import load_policy
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.records import Prompt
 from rlhf_lab.rewards import scalar_model
 from rlhf_lab.rewards.scalar_model import ScalarModel

@@ -9,7 +9,8 @@ from rlhf_lab.console import Console
 from rlhf_lab.data.dataset import GOLD, Dataset
 from rlhf_lab.data.tables import read_table
 from rlhf_lab.engine.generate import Generator, Sampling
-from rlhf_lab.engine.models import Hardware, ModelPaths
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import ModelPaths
 from rlhf_lab.run import Run
 from rlhf_lab.stages.annotate import Annotate
 from rlhf_lab.tracking import NoTracker

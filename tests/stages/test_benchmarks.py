@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from rlhf_lab.console import Console
-from rlhf_lab.engine.models import Hardware, ModelPaths, load_frozen, load_tokenizer
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import ModelPaths
+from rlhf_lab.engine.models import load_frozen
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.run import Run
 from rlhf_lab.seeds import derive
 from rlhf_lab.stages.benchmarks import Benchmarks

@@ -11,7 +11,8 @@ from rlhf_lab.console import Console
 from rlhf_lab.data.conditions import NoConditions
 from rlhf_lab.data.tables import prompt_of, read_table
 from rlhf_lab.engine.generate import Sampling
-from rlhf_lab.engine.models import Hardware, ModelPaths
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import ModelPaths
 from rlhf_lab.objectives import WeightedSum
 from rlhf_lab.run import Run
 from rlhf_lab.stages.best_of_n import BestOfN

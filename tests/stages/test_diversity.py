@@ -12,7 +12,7 @@ import yaml
 from rlhf_lab.console import Console
 from rlhf_lab.data.generations import write
 from rlhf_lab.data.tables import read_table
-from rlhf_lab.engine.models import Hardware
+from rlhf_lab.engine.hardware import Hardware
 from rlhf_lab.evaluation.diversity import GramSettings
 from rlhf_lab.evaluation.entailment import Entailment
 from rlhf_lab.evaluation.response_sets import BestOf, LengthControl

@@ -9,7 +9,8 @@ from rlhf_lab.console import Console
 from rlhf_lab.data.conditions import NoConditions
 from rlhf_lab.data.generations import Generations
 from rlhf_lab.engine.generate import Sampling
-from rlhf_lab.engine.models import Hardware, ModelPaths
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import ModelPaths
 from rlhf_lab.engine.rollouts import BuiltIn
 from rlhf_lab.evaluation.refusals import RefusalPhrases
 from rlhf_lab.evaluation.text_overlap import TextOverlap

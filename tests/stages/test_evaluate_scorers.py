@@ -8,7 +8,8 @@ import torch
 from rlhf_lab.console import Console
 from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.tables import read_table
-from rlhf_lab.engine.models import Hardware, ModelPaths
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import ModelPaths
 from rlhf_lab.evaluation.value_models import Assessor, Yardstick
 from rlhf_lab.run import Run
 from rlhf_lab.stages.evaluate_scorers import EvaluateScorers

@@ -7,7 +7,8 @@ from rlhf_lab.console import Console
 from rlhf_lab.data import tiny_help
 from rlhf_lab.data.tables import write_table
 from rlhf_lab.data.verdicts import comparison, verdict_row
-from rlhf_lab.engine.models import Hardware, ModelPaths
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import ModelPaths
 from rlhf_lab.judges.gold import GoldJudge
 from rlhf_lab.judges.manner import Manner
 from rlhf_lab.judges.simulated import SimulatedJudge

@@ -12,7 +12,9 @@ from rlhf_lab.data.generations import Generations
 from rlhf_lab.data.tables import read_table
 from rlhf_lab.data.templates import Template
 from rlhf_lab.engine.generate import Sampling
-from rlhf_lab.engine.models import Hardware, ModelPaths, load_tokenizer
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import ModelPaths
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.records import Prompt, Verdict
 from rlhf_lab.run import Run
 from rlhf_lab.stages.arena import Arena

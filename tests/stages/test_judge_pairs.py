@@ -16,7 +16,9 @@ from rlhf_lab.data.preferences import Registry
 from rlhf_lab.data.tables import read_table, write_table
 from rlhf_lab.data.templates import Template
 from rlhf_lab.engine.generate import Sampling
-from rlhf_lab.engine.models import Hardware, ModelPaths, load_tokenizer
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import ModelPaths
+from rlhf_lab.engine.tokenizer import load_tokenizer
 from rlhf_lab.judges.price import Price
 from rlhf_lab.records import Verdict
 from rlhf_lab.report.run import read_run

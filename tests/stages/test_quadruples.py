@@ -9,7 +9,8 @@ from rlhf_lab.console import Console
 from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.tables import write_table
 from rlhf_lab.data.templates import Template
-from rlhf_lab.engine.models import Hardware, ModelPaths
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import ModelPaths
 from rlhf_lab.engine.tiny import tiny_tokenizer
 from rlhf_lab.run import Run
 from rlhf_lab.stages.quadruples import Quadruples

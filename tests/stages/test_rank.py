@@ -8,7 +8,8 @@ import pytest
 from rlhf_lab.console import Console
 from rlhf_lab.data.dataset import GOLD
 from rlhf_lab.engine.generate import Sampling
-from rlhf_lab.engine.models import Hardware, ModelPaths
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import ModelPaths
 from rlhf_lab.records import Prompt
 from rlhf_lab.run import Run
 from rlhf_lab.stages.rank import Rank

@@ -17,7 +17,8 @@ from rlhf_lab.bounds import ClopperPearson, Hoeffding, Mean, StudentT
 from rlhf_lab.console import Console
 from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.engine.generate import Sampling
-from rlhf_lab.engine.models import Hardware, ModelPaths
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import ModelPaths
 from rlhf_lab.functional.aggregate import mean
 from rlhf_lab.interfaces import Bound
 from rlhf_lab.ledger import Ledger, SpentPrompts, spent_on

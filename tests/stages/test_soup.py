@@ -12,7 +12,9 @@ from rlhf_lab.console import Console
 from rlhf_lab.data.conditions import NoConditions
 from rlhf_lab.data.tables import read_table
 from rlhf_lab.engine.generate import Sampling
-from rlhf_lab.engine.models import Hardware, ModelPaths, save_model
+from rlhf_lab.engine.hardware import Hardware
+from rlhf_lab.engine.model_paths import ModelPaths
+from rlhf_lab.engine.models import save_model
 from rlhf_lab.engine.tiny import tiny_policy, tiny_tokenizer
 from rlhf_lab.run import Run
 from rlhf_lab.stages.evaluate import Evaluate

@@ -23,8 +23,10 @@ from rlhf_lab.data.dataset import Dataset
 from rlhf_lab.data.templates import Template
 from rlhf_lab.data.tokenise import quadruple_batch, sequences
 from rlhf_lab.engine.forward import policy_forward
+from rlhf_lab.engine.hardware import Hardware
 from rlhf_lab.engine.learner import Learner
-from rlhf_lab.engine.models import Hardware, ModelPaths, load_policy
+from rlhf_lab.engine.model_paths import ModelPaths
+from rlhf_lab.engine.models import load_policy
 from rlhf_lab.engine.tiny import tiny_tokenizer
 from rlhf_lab.run import Run
 from rlhf_lab.seeds import derive
