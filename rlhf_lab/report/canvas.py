@@ -87,6 +87,9 @@ class Curve:
     texts: Sequence[str] = ()
 
 
+LEGEND_BELOW = 0.42  # inches
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Panel:
     """One pair of axes and what is on them.
@@ -95,6 +98,7 @@ class Panel:
         ticks, y_ticks: positions on x, on y, and what they are called; none for a scale of numbers.
         x_range, y_range: lowest and highest value shown; None shows all of every curve.
         has_legend: False where one legend stands for several panels.
+        legend_below: under the axes, where curves leave no room for it.
     """
 
     title: str
@@ -106,6 +110,7 @@ class Panel:
     x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
     has_legend: bool = True
+    legend_below: bool = False
 
 
 def png(panels: Sequence[Panel], theme: Theme, dpi: int) -> bytes:
@@ -126,6 +131,8 @@ def png(panels: Sequence[Panel], theme: Theme, dpi: int) -> bytes:
             row, column = divmod(k, columns)
             left, bottom = column * width / columns + 0.72, height - (row + 1) * 3.0 + 0.55
             axes_width, axes_height = width / columns - 0.87, 2.05
+            if content.legend_below:
+                bottom, axes_height = bottom + LEGEND_BELOW, axes_height - LEGEND_BELOW
             box = (left / width, bottom / height, axes_width / width, axes_height / height)
             draw(figure.add_axes(box), content, theme)
         return encode(figure)
@@ -205,7 +212,13 @@ def draw(axes: Axes, content: Panel, theme: Theme) -> None:
         for limits, each in ((axes.set_xlim, [curve.x for curve in cells]), (axes.set_ylim, [c.y for c in cells])):
             limits(np.concatenate(each).min() - 0.5, np.concatenate(each).max() + 0.5)
     if content.has_legend and len(content.curves) > 1:
-        axes.legend()
+        below: dict[str, Any] = {
+            "loc": "upper center",
+            "bbox_to_anchor": (0.5, -0.27),
+            "ncols": 3,
+            "columnspacing": 1.2,
+        }
+        axes.legend(**(below if content.legend_below else {}))
 
 
 def tick_label(value: float, _position: float) -> str:

@@ -77,7 +77,7 @@ def calibration(run: Run, name: str, by_split: Mapping[str, Any]) -> list[Panel]
             ends = np.array([start, 1.0])
             curves.append(Curve(x=ends, y=ends, label="calibrated", colour="muted", kind="limit"))
             drawn = panel(run, f"{name.capitalize()}: {of_what}", y_label, curves, x_label=x_label)
-            panels += [replace(each, y_range=(_floor(curves, 0.6 * start), 1.03)) for each in drawn]
+            panels += [replace(each, y_range=(_floor(curves, start), 1.03), legend_below=True) for each in drawn]
     return panels
 
 
@@ -89,12 +89,13 @@ def by_margin(run: Run, name: str, by_split: Mapping[str, Any]) -> list[Panel]:
         if by_split[split]["accuracy_by_margin"]
     ]
     drawn = panel(run, f"{name.capitalize()}: by margin", "pairs ranked right", curves, x_label="margin of the pair")
-    return [replace(each, y_range=(_floor(curves, 0.2), 1.03)) for each in drawn]
+    return [replace(each, y_range=(_floor(curves, 0.4), 1.03), legend_below=True) for each in drawn]
 
 
 def _floor(curves: Sequence[Curve], usual: float) -> float:
-    """Where the axis of a share begins: where it usually does, or below the lowest point."""
-    return min(usual, *(float(curve.y.min()) - 0.03 for curve in curves))
+    """Where the axis of a share begins: where it usually does, or below the lowest interval."""
+    lows = (curve.y if curve.ci is None else curve.y - curve.ci[0] for curve in curves)
+    return min(usual, *(float(low.min()) - 0.03 for low in lows))
 
 
 def scores(run: Run, name: str, by_split: Mapping[str, Any]) -> list[Panel]:

@@ -10,8 +10,8 @@ from rlhf_lab.report.run import read_run
 from rlhf_lab.report.value_model_plots import value_models
 
 
-@pytest.mark.parametrize(("worst", "floors"), [(0.1, [0.07, 0.07]), (0.6, [0.3, 0.2])])
-def test_no_point_is_below_the_axis(tmp_path, worst, floors):
+@pytest.mark.parametrize(("worst", "floors"), [(0.1, [0.02, 0.02]), (0.6, [0.47, 0.4])])
+def test_no_point_and_no_interval_is_below_the_axis(tmp_path, worst, floors):
     seen = {"observed": worst, "value": worst, "low": worst - 0.05, "high": worst + 0.2, "count": 7}
     drawn = {
         "reliability": [seen | {"predicted": 0.6}, seen | {"predicted": 0.8, "observed": 0.9}],
