@@ -1,7 +1,7 @@
 """Whole RLHF steps beside TRL's, in one run: generate, score, update.
 
     python benchmarks/step.py --trl-rloo-python PEER/bin/python --trl-ppo-python PEER/bin/python [CASE …]
-    python benchmarks/step.py --scaling
+    python benchmarks/step.py --scaling --picture scaling.png
 
 Peers are Python environments with trl 1.16.0 (RLOO) and trl 1.12.0 (PPO, its last). Each trainer is a process of its
 own with one thread, and they take steps in turns. Each reads the same weights and prompts and calls the same reward
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import correlation, linear_regression, median
@@ -374,8 +374,9 @@ def compare(name: str, python: str, folder: Path, steps: int) -> None:
     )
 
 
-def scale(folder: Path, steps: int) -> None:
-    """Print the processor's time of a step against what there is of each thing, as ratios to the first."""
+def scale(folder: Path, steps: int, picture: Path | None) -> None:
+    """Print the processor's time of a step against what there is of each thing, as ratios to the first, and draw it."""
+    measured: dict[str, tuple[Sequence[int], Sequence[float]]] = {}
     base = CASES["equal"]
     base = replace(base, prompts=16)
     for what, values in {
@@ -388,6 +389,7 @@ def scale(folder: Path, steps: int) -> None:
         cases = {str(value): replace(base, **{what: value}) for value in values}
         told = in_turns({"here": sys.executable}, cases, folder, steps)
         times = [middle(told[name], "processor") for name in cases]
+        measured[what] = values, times
         straight = correlation(values, times) ** 2
         slope, constant = linear_regression(values, times)
         print(
@@ -395,6 +397,26 @@ def scale(folder: Path, steps: int) -> None:
             f"R^2 {straight:.4f}; {slope / times[0]:.4f} each and {constant / times[0]:.2f}, of {times[0]:.2f} s",
             flush=True,
         )
+    if picture is not None:
+        draw(measured, picture)
+
+
+def draw(measured: Mapping[str, tuple[Sequence[int], Sequence[float]]], picture: Path) -> None:
+    """What was measured and the straight line through it, a panel for each thing."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.0 * len(measured), 2.7), dpi=120, layout="constrained")
+    panels = figure.subplots(1, len(measured), squeeze=False)[0]
+    for axes, (what, (values, times)) in zip(panels, measured.items(), strict=True):
+        slope, constant = linear_regression(values, times)
+        ends = (0, max(values))
+        axes.plot(ends, [constant + slope * x for x in ends], color="0.6", label="straight line")
+        axes.plot(values, times, "o", color="#2563ab", label="measured", clip_on=False)
+        axes.set(xlabel=what.replace("_", " "), ylim=(0, None), xlim=(0, None))
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("seconds of the processor a step")
+    panels[0].legend(frameon=False)
+    figure.savefig(picture)
 
 
 WORK: dict[str, Callable[[Case, Path, int], None]] = {"here": work_here, "trl": work_trl}
@@ -407,6 +429,7 @@ def main() -> None:
     parser.add_argument("--trl-ppo-python", help="a Python that has trl 1.12.0")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--scaling", action="store_true", help="this project alone, against the size of the work")
+    parser.add_argument("--picture", type=Path, help="where --scaling draws what it measured")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.work:
@@ -415,7 +438,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         if asked.scaling:
-            scale(Path(folder), asked.steps)
+            scale(Path(folder), asked.steps, asked.picture)
             return
         for name in asked.cases or CASES:
             python = asked.trl_rloo_python if CASES[name].method == "rloo" else asked.trl_ppo_python
