@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from rlhf_lab.engine import distribution, models
+from rlhf_lab.engine import distribution, hardware
 from rlhf_lab.engine.distribution import Distribution, Whole, in_step, is_in_step, through
 from rlhf_lab.engine.forward import policy_forward
 from rlhf_lab.engine.hardware import Hardware
@@ -27,9 +27,9 @@ def on_cpu(**changes: Any) -> Hardware:
     return Hardware(device="cpu", dtype="float32", threads=1, **changes)
 
 
-def gradients(model: nn.Module, sequences: Sequences, hardware: Hardware) -> tuple[dict[str, Tensor], Tensor]:
+def gradients(model: nn.Module, sequences: Sequences, on: Hardware) -> tuple[dict[str, Tensor], Tensor]:
     """Of the log-probability of all rows, and each row's."""
-    training = Distribution.of(hardware).learning({"policy": model}, (0.9, 0.95), 0.0)
+    training = Distribution.of(on).learning({"policy": model}, (0.9, 0.95), 0.0)
     said: list[Tensor] = []
 
     def loss() -> Tensor:
@@ -128,7 +128,7 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(monkeypatch: pytest
     with pytest.raises(ValueError, match=r"hardware\.offload=true moves shards, but with hardware\.distribution=ddp"):
         on_cpu(offload=True)
     known = importlib.util.find_spec
-    monkeypatch.setattr(models, "find_spec", lambda name: None if name == "deepspeed" else known(name))
+    monkeypatch.setattr(hardware, "find_spec", lambda name: None if name == "deepspeed" else known(name))
     with pytest.raises(ValueError, match=r"needs deepspeed: pip install -c constraints.txt -e '\.\[distributed\]'"):
         on_cpu(distribution="zero3")
     on_cpu(distribution="fsdp")
