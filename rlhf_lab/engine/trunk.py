@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rlhf_lab.engine.backbone import AdapterView, layers_of
 from rlhf_lab.engine.forward import raw_outputs
-from rlhf_lab.engine.last_layer import Replayed
+from rlhf_lab.engine.last_layer import Replayed, reads_apart
 from rlhf_lab.types import Sequences
 
 if TYPE_CHECKING:
@@ -157,6 +157,8 @@ class Members:
         """(B, K, D): what each of the K members says after the last real token of each row."""
         if not self.common:
             return torch.stack([raw_outputs(model, sequences) for model in self.models], 1)
+        for model in self.models:  # which tries a new one out, and is no part of what is kept and handed on
+            reads_apart(model, model.base_model)
         tape: list[Any] = []
         with _recording(self._layers(0)[-1], tape):
             said = [raw_outputs(self.models[0], sequences)]
