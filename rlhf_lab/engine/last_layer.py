@@ -120,7 +120,8 @@ def reads_apart(model: "PreTrainedModel", trunk: Any) -> bool:
         return False
     layer = layers[-1]
     if layer not in _apart:
-        _apart[layer] = _is_llamas(model, layer) and _says_the_same(model, trunk)
+        with torch.autocast(model.device.type, enabled=False):  # which would round more than the probe allows
+            _apart[layer] = _is_llamas(model, layer) and _says_the_same(model, trunk)
     return _apart[layer]
 
 

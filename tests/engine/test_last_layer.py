@@ -82,6 +82,15 @@ def test_a_layer_that_computes_otherwise_is_left_to_its_model(name: str, ragged:
         assert_close(said[row, : len(response)], alone, atol=1e-5, rtol=0)
 
 
+def test_under_autocast_it_is_computed_apart_too(hf_folder: Folder, ragged: Ragged):
+    model = load_policy(hf_folder("llama"), seed=0, **OPTIONS)
+    sequences, _, _ = ragged(model.config.vocab_size, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = policy_logprobs(model, sequences)
+    assert reads_apart(model, model.base_model)
+    assert_close(rounded, policy_logprobs(model, sequences), atol=0.1, rtol=0)
+
+
 def test_dropout_of_attention_leaves_the_layer_to_its_model(hf_folder: Folder):
     model = load_policy(hf_folder("llama"), seed=0, **OPTIONS)
     model.config.attention_dropout = 0.1
