@@ -88,7 +88,7 @@ def test_under_autocast_it_is_computed_apart_too(hf_folder: Folder, ragged: Ragg
     with torch.autocast("cpu", torch.bfloat16):
         rounded = policy_logprobs(model, sequences)
     assert reads_apart(model, model.base_model)
-    assert_close(rounded, policy_logprobs(model, sequences), atol=0.1, rtol=0)
+    assert_close(rounded, policy_logprobs(model, sequences), atol=0.2, rtol=0.02)
 
 
 def test_dropout_of_attention_leaves_the_layer_to_its_model(hf_folder: Folder):
