@@ -77,7 +77,7 @@ def test_a_run_that_ran_out_goes_on_with_the_microbatch_that_it_named(plan_of, t
     with pytest.raises(RunFailed):
         execute(plan_of(*typed, "learner.tokens_at_once=4096", "name=broken"))
 
-    run, budget, tries = tmp_path / "broken", 100_000, 0
+    run, budget, tries, done = tmp_path / "broken", 100_000, 0, 2
     while (answer := limited(*typed, f"learner.tokens_at_once={budget}", "name=broken")).returncode:
         said = json.loads((run / "status.json").read_text())
         assert said["state"] == "failed"
@@ -86,7 +86,8 @@ def test_a_run_that_ran_out_goes_on_with_the_microbatch_that_it_named(plan_of, t
             said["error"],
         )
         assert said["error"].split("OutOfMemory: ")[1] in answer.stderr + answer.stdout
-        assert said["progress"]["step"] == 2
+        assert done <= said["progress"]["step"] < 4, "a step that fitted is kept, whichever it was"
+        done = said["progress"]["step"]
         named = re.search(r"with learner.tokens_at_once=(\d+) continues", said["error"])
         assert named, said["error"]
         smaller = int(named[1])
