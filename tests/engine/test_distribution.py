@@ -73,6 +73,7 @@ def test_in_bf16_layers_compute_in_bfloat16_and_what_learns_stays_in_float32(hf_
     load = partial(load_policy, hf_folder("llama"), device=CPU, dtype="float32", seed=0)
     plain, half = load(), load()
     sequences, _, _ = ragged(plain.config.vocab_size, 6)
+    policy_forward(half, sequences)  # which tries a new model out
     kinds: set[torch.dtype] = set()
     layers(half)[0].get_submodule("mlp").register_forward_hook(lambda _, __, output: kinds.add(output.dtype))
     expected, exact = gradients(plain, sequences, on_cpu())
