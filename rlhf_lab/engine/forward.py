@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # entries of a float32 slice of logits: 64 MiB, of which one is alive at a time
 LOGITS_AT_ONCE = 2**24
+# entries of the mask under which the last layer is read apart; above them it costs more memory than it saves time
+MASK_AT_MOST = 2**24
 UNPROCESSED = Processing()
 
 
@@ -61,7 +63,7 @@ def _lay_out(model: "PreTrainedModel", sequences: Sequences, read: Read | None =
     responses = starts[row] + prompts + column
     last_ones = width - 1 - mask.flip(1).int().argmax(1)
     reads = None
-    if read == "before" and prompts:
+    if read == "before" and prompts and rows * (width - prompts) * width <= MASK_AT_MOST:
         columns = torch.arange(prompts - 1, width - 1, device=mask.device)
         reads = rows_read(mask, columns[None], counted[:, : len(columns)], model.dtype)
     elif read == "ends":

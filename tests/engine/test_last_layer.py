@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch.testing import assert_close
 
+from rlhf_lab.engine import forward
 from rlhf_lab.engine.forward import policy_logprobs, raw_outputs
 from rlhf_lab.engine.last_layer import reads_apart
 from rlhf_lab.engine.models import load_policy, load_scorer
@@ -80,6 +81,19 @@ def test_a_layer_that_computes_otherwise_is_left_to_its_model(name: str, ragged:
         logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
         alone = logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
         assert_close(said[row, : len(response)], alone, atol=1e-5, rtol=0)
+
+
+def test_rows_that_are_too_long_for_a_mask_are_computed_whole(
+    hf_folder: Folder, ragged: Ragged, monkeypatch: pytest.MonkeyPatch
+):
+    model = load_policy(hf_folder("llama"), seed=0, **OPTIONS)
+    sequences, _, _ = ragged(model.config.vocab_size, 5)
+    apart = policy_logprobs(model, sequences)
+    rows, width = sequences.tokens.shape
+    monkeypatch.setattr(forward, "MASK_AT_MOST", rows * (width - sequences.prompt_width) * width - 1)
+    said = partial(policy_logprobs, model, sequences)
+    assert len({tokens_through(mlp, said) for mlp in mlps(model)}) == 1
+    assert_close(said(), apart, atol=1e-5, rtol=0)
 
 
 def test_under_autocast_it_is_computed_apart_too(hf_folder: Folder, ragged: Ragged):
