@@ -212,12 +212,8 @@ def draw(axes: Axes, content: Panel, theme: Theme) -> None:
         for limits, each in ((axes.set_xlim, [curve.x for curve in cells]), (axes.set_ylim, [c.y for c in cells])):
             limits(np.concatenate(each).min() - 0.5, np.concatenate(each).max() + 0.5)
     if content.has_legend and len(content.curves) > 1:
-        below: dict[str, Any] = {
-            "loc": "upper center",
-            "bbox_to_anchor": (0.5, -0.27),
-            "ncols": 3,
-            "columnspacing": 1.2,
-        }
+        below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.48, -0.27), "ncols": 3, "fontsize": 8}
+        below |= {"columnspacing": 0.8, "handlelength": 1.3, "handletextpad": 0.5}
         axes.legend(**(below if content.legend_below else {}))
 
 
