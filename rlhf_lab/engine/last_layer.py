@@ -3,7 +3,7 @@
 Its keys and values are of all tokens; its queries, output projection and MLP, of those alone that a head reads: one of
 a row for a value model, those before responses for a policy. In a model of L layers that saves up to 1/L of a pass.
 It is done where the last layer is a Llama's (Llama, Mistral, Qwen2 and what is built like them), after a probe has
-shown that the model says the same; any other model computes every token to the end.
+shown that the model says the same; any other model, and one in shards, computes every token to the end.
 """
 
 from collections.abc import Iterator, Sequence
@@ -119,10 +119,17 @@ def reads_apart(model: "PreTrainedModel", trunk: Any) -> bool:
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         return False
     layer = layers[-1]
+    if _is_cut(layer):
+        return False
     if layer not in _apart:
         with torch.autocast(model.device.type, enabled=False):  # which would round more than the probe allows
             _apart[layer] = _is_llamas(model, layer) and _says_the_same(model, trunk)
     return _apart[layer]
+
+
+def _is_cut(layer: nn.Module) -> bool:
+    """Whether its weights are in shards: trying it out would be a collective more on ranks that do not know it yet."""
+    return type(layer).__name__.startswith("FSDP") or any(hasattr(p, "ds_id") for p in layer.parameters())
 
 
 def _is_llamas(model: Any, layer: Any) -> bool:

@@ -109,3 +109,13 @@ def test_dropout_of_attention_leaves_the_layer_to_its_model(hf_folder: Folder):
     model = load_policy(hf_folder("llama"), seed=0, **OPTIONS)
     model.config.attention_dropout = 0.1
     assert not reads_apart(model, model.base_model)
+
+
+def test_a_layer_in_shards_is_not_tried_out(hf_folder: Folder):
+    model = load_policy(hf_folder("llama"), seed=0, **OPTIONS)
+    layer = model.get_submodule("model.layers.1")
+    layer.__class__ = type(f"FSDP{type(layer).__name__}", (type(layer),), {})  # as `fully_shard` does
+    assert not reads_apart(model, model.base_model)
+    other = load_policy(hf_folder("llama"), seed=0, **OPTIONS)
+    vars(next(other.get_submodule("model.layers.1").parameters()))["ds_id"] = 0  # as ZeRO-3 does
+    assert not reads_apart(other, other.base_model)
